@@ -1,0 +1,1 @@
+"""Files into text, text into chunks, chunks into vectors, vectors into the tier."""

@@ -1,0 +1,280 @@
+"""The settings of the library, and where each of their values comes from.
+
+An option of the command line wins over an `L2M_*` variable, that over the nearest `l2m.toml` (from the
+working folder upward), that over the user's own file, and that over the default. Nothing heavy is imported
+here: the command line needs this module for `--help` and for shell completion.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from l2m_rag.errors import ConfigError, UsageError
+
+COLLECTION_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+"""What a collection or a session may be called, to be matched in full: a name is also a folder's name."""
+
+PROJECT_FILE = "l2m.toml"
+SECRET = "***"
+
+_NAME_RULE = "1 to 64 of a-z, 0-9, '.', '_' and '-', and begin with a letter or a digit"
+
+
+def check_name(name: str, what: str = "collection") -> str:
+    """Give the name back when a collection (or whatever `what` says) may be called so.
+
+    Raises:
+        UsageError: the name could not be used as one.
+    """
+    if not COLLECTION_NAME.fullmatch(name):
+        raise UsageError(f"{what} name ({name!r}) must be {_NAME_RULE}")
+    return name
+
+
+def default_home() -> Path:
+    """Give the platform's folder for the data of programs, ours in it."""
+    return platformdirs.user_data_path("l2m")
+
+
+def user_file() -> Path:
+    """Give the path of the user's own settings file, which need not exist."""
+    return platformdirs.user_config_path("l2m") / "config.toml"
+
+
+def project_file(cwd: Path | None = None) -> Path | None:
+    """Give the nearest `l2m.toml`, from `cwd` (default: the working folder) upward, or None."""
+    try:
+        here = (cwd or Path.cwd()).absolute()
+    except FileNotFoundError:  # the working folder was deleted under us
+        return None
+    for folder in (here, *here.parents):
+        if (folder / PROJECT_FILE).is_file():
+            return folder / PROJECT_FILE
+    return None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What can be set. The names are those of `l2m.toml` and, in capitals behind `L2M_`, of the environment.
+
+    Raises:
+        ConfigError: a value is of the wrong type or out of range.
+    """
+
+    home: Path = field(default_factory=default_home)
+    """Folder of collections, weights and sessions."""
+
+    models: Path | None = None
+    """Folder of the weights; `models` in the home when not set."""
+
+    collection: str = "default"
+    """Collection that is meant when none is named."""
+
+    embedder: str = "default"
+    """`default` (the pinned all-MiniLM-L6-v2), or the folder or hub id of a sentence-transformers model."""
+
+    model: str = "default"
+    """`default` (the pinned SmolLM2-135M-Instruct), or the folder or hub id of a causal language model."""
+
+    llm_url: str = ""
+    """Base URL of an OpenAI-compatible endpoint that answers instead, such as http://127.0.0.1:8080/v1."""
+
+    llm_model: str = ""
+    """Name of the model that `llm_url` is asked for."""
+
+    llm_key: str = field(default="", repr=False)
+    """Bearer token for `llm_url`; never shown."""
+
+    chunk_size: int = 256
+    """Length of a chunk, in tokens of the embedder."""
+
+    chunk_overlap: int = 32
+    """Tokens that two neighbouring chunks share."""
+
+    workers: int = 1
+    """Processes that parse files."""
+
+    file_timeout: float = 30.0
+    """Seconds that parsing one file may take."""
+
+    file_memory: int = 1 << 30
+    """Bytes that a parsing process may use."""
+
+    file_max_bytes: int = 256 << 20
+    """Size above which a file is not read."""
+
+    passages: int = 8
+    """Passages looked at for an answer."""
+
+    budget: int = 1024
+    """Positions (tokens of the language model) of evidence read for an answer."""
+
+    threads: int = 0
+    """CPU threads; 0 for all."""
+
+    abstain_below: float = 0.5
+    """Probability of being answerable below which no answer is given."""
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            # The class is frozen: the only way to keep the checked value (a home without `~`, 30 as 30.0).
+            object.__setattr__(self, setting.name, _checked(setting.name, value))
+        if self.chunk_overlap >= self.chunk_size:
+            raise ConfigError(
+                f"chunk_overlap ({self.chunk_overlap}) must be less than chunk_size ({self.chunk_size})"
+            )
+
+
+def load_settings(
+    overrides: Mapping[str, object] | None = None,
+    *,
+    cwd: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> tuple[Settings, dict[str, str]]:
+    """Give the settings in force, and for each of them where its value comes from.
+
+    Args:
+        overrides: what the caller has set; a value of None stands for "not set".
+        cwd: folder from which `l2m.toml` is looked for; default the working folder.
+        environ: variables to use in place of `os.environ`.
+
+    Returns:
+        The settings, and per setting "option", "env L2M_HOME", "file /path/l2m.toml" or "default".
+
+    Raises:
+        ConfigError: a value cannot be used, or a file cannot be read or holds an unknown setting.
+    """
+    values: dict[str, object] = {}
+    origin = dict.fromkeys(_TYPES, "default")
+    # From the weakest to the strongest, each overwriting the one before.
+    for file in (user_file(), project_file(cwd)):
+        if file is not None and file.is_file():
+            for name, value in _read_file(file).items():
+                values[name], origin[name] = value, f"file {file}"
+    for name, text in _read_environment(os.environ if environ is None else environ).items():
+        values[name], origin[name] = text, f"env {_variable(name)}"
+    for name, value in (overrides or {}).items():
+        _check_known(name, "option")
+        if value is not None:
+            values[name], origin[name] = _checked(name, value), "option"
+    try:
+        return Settings(**values), origin  # type: ignore[arg-type]  # each value was checked by its name
+    except ConfigError as error:  # only a rule between two settings can still fail here
+        raise ConfigError(
+            f"{error} (chunk_size: {origin['chunk_size']}, chunk_overlap: {origin['chunk_overlap']})"
+        ) from None
+
+
+def _read_file(file: Path) -> dict[str, object]:
+    try:
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {file}: {error.strerror}") from error
+    except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError are both of this kind
+        raise ConfigError(f"{file} is not valid TOML: {error}") from error
+    for name, value in table.items():
+        _check_known(name, str(file))
+        table[name] = _checked(name, value, str(file))
+        if _TYPES[name] is Path:  # a relative folder means beside the file, wherever the command runs
+            table[name] = file.parent / Path(str(value)).expanduser()
+    return table
+
+
+def _read_environment(environ: Mapping[str, str]) -> dict[str, object]:
+    values: dict[str, object] = {}
+    for name, kind in _TYPES.items():
+        text = environ.get(_variable(name), "")
+        if not text:  # set but empty counts as not set, as in the XDG rules
+            continue
+        value: object = text
+        if kind is int or kind is float:
+            try:
+                value = kind(text)
+            except ValueError:
+                value = text  # let the check below say what it must be
+        values[name] = _checked(name, value, f"environment variable {_variable(name)}")
+    return values
+
+
+def _variable(name: str) -> str:
+    return f"L2M_{name.upper()}"
+
+
+def _check_known(name: str, where: str) -> None:
+    if name in _TYPES:
+        return
+    near = difflib.get_close_matches(name, _TYPES, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(_TYPES)}"
+    raise ConfigError(f"{where}: unknown setting {name!r}; {hint}")
+
+
+def _checked(name: str, value: Any, where: str = "") -> Any:
+    """Give the value in the type of the setting; an error names the place, the setting and the value."""
+    kind = _TYPES[name]
+    if value is None and name == "models":
+        return None
+    prefix = f"{where}: " if where else ""
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if kind is Path and isinstance(value, str | Path):
+        if not str(value) or "\0" in str(value):
+            raise ConfigError(f"{prefix}{name} ({str(value)!r}) must be the path of a folder")
+        try:
+            return Path(value).expanduser().absolute()
+        except (RuntimeError, OSError) as error:  # ~nobody, or a relative path from a folder that is gone
+            raise ConfigError(f"{prefix}{name} ({str(value)!r}) cannot be used: {error}") from error
+    shown = SECRET if name == "llm_key" else repr(value)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ConfigError(f"{prefix}{name} ({shown}) must be {_TYPE_WORDS[kind]}")
+    if name in _RULES:
+        holds, rule = _RULES[name]
+        if not holds(value):
+            raise ConfigError(f"{prefix}{name} ({shown}) must be {rule}")
+    return value
+
+
+_TYPES: dict[str, type] = {
+    setting.name: {"Path": Path, "Path | None": Path, "str": str, "int": int, "float": float}[
+        str(setting.type)
+    ]
+    for setting in fields(Settings)
+}
+_TYPE_WORDS = {Path: "the path of a folder", str: "a string", int: "a whole number", float: "a number"}
+
+
+def _at_least(low: int) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: bool(value >= low), f"{low:,} or more"
+
+
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "collection": (lambda name: bool(COLLECTION_NAME.fullmatch(name)), _NAME_RULE),
+    "embedder": (bool, "'default', a folder or a hub id"),
+    "model": (bool, "'default', a folder or a hub id"),
+    "llm_url": (
+        lambda url: not url or bool(re.match(r"https?://[^\s/]", url)),
+        "a URL that begins with http:// or https://",
+    ),
+    # A header with a line break in it would be two headers.
+    "llm_key": (lambda key: key.isprintable() and key.isascii(), "printable ASCII characters"),
+    "chunk_size": _at_least(8),
+    "chunk_overlap": _at_least(0),
+    "workers": _at_least(1),
+    "file_timeout": (lambda seconds: math.isfinite(seconds) and seconds > 0, "a number of seconds above 0"),
+    "file_memory": _at_least(64 << 20),
+    "file_max_bytes": _at_least(1),
+    "passages": _at_least(1),
+    "budget": _at_least(1),
+    "threads": _at_least(0),
+    "abstain_below": (lambda p: 0 <= p <= 1, "between 0 and 1"),
+}
