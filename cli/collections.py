@@ -38,9 +38,7 @@ def list_(ctx: typer.Context, as_json: Json = False) -> None:
         output.say_json({"collections": [_json(info) for info in found]})
     elif found:
         head = ("NAME", "DOCUMENTS", "FAILED", "CHUNKS", "SIZE")
-        rows = [
-            (info.name, info.documents, info.failed, info.chunks, output.size(info.bytes)) for info in found
-        ]
+        rows = [(info.name, info.documents, info.failed, info.chunks, output.size(info.bytes)) for info in found]
         output.say_table(head, rows)
     elif not is_quiet(ctx):
         output.remark("no collections yet; make one with: l2m ingest FOLDER -c NAME")

@@ -18,9 +18,7 @@ QUESTIONS = (
 )
 
 
-def demo(
-    ctx: typer.Context, model: ModelOption = None, llm_url: UrlOption = None, as_json: Json = False
-) -> None:
+def demo(ctx: typer.Context, model: ModelOption = None, llm_url: UrlOption = None, as_json: Json = False) -> None:
     """Get a first answer from documents that come with l2m.
 
     Examples:

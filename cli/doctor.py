@@ -64,9 +64,7 @@ def doctor(ctx: typer.Context, as_json: Json = False) -> None:
         check = _run(name, look)
         checks.append(check)
         if not as_json and not (check.ok and is_quiet(ctx)):
-            output.say(
-                f"{'ok    ' if check.ok else 'FAILED'}  {name:<24} {check.detail} ({check.seconds:.1f} s)"
-            )
+            output.say(f"{'ok    ' if check.ok else 'FAILED'}  {name:<24} {check.detail} ({check.seconds:.1f} s)")
     failed = [check.name for check in checks if not check.ok]
     if as_json:
         output.say_json({"ok": not failed, "checks": [asdict(check) for check in checks]})
@@ -81,9 +79,7 @@ def _run(name: str, look: Callable[[], str]) -> Check:
     except Exception as error:  # whatever breaks a part is what this command is there to report
         ok, detail = (
             False,
-            str(error)
-            if isinstance(error, L2MError | _FailedCheckError)
-            else f"{type(error).__name__}: {error}",
+            str(error) if isinstance(error, L2MError | _FailedCheckError) else f"{type(error).__name__}: {error}",
         )
     return Check(name, ok, output.one_line(detail), round(time.perf_counter() - start, 3))
 
@@ -106,9 +102,7 @@ def _checks(settings: Settings) -> list[tuple[str, Callable[[], str]]]:
 
 def _python() -> str:
     if sys.version_info < PYTHON:
-        raise _FailedCheckError(
-            f"{platform.python_version()}; l2m needs {'.'.join(map(str, PYTHON))} or newer"
-        )
+        raise _FailedCheckError(f"{platform.python_version()}; l2m needs {'.'.join(map(str, PYTHON))} or newer")
     return f"{platform.python_version()} on {platform.system()} {platform.machine()}"
 
 
@@ -145,9 +139,7 @@ def _torch() -> str:
     # One product that is known: a build for another CPU fails here rather than in an answer.
     found = float((torch.ones(64, 64) @ torch.full((64, 64), 0.5)).sum())
     if found != 64 * 64 * 32:
-        raise _FailedCheckError(
-            f"torch {torch.__version__} multiplies wrongly: {found} instead of {64 * 64 * 32}"
-        )
+        raise _FailedCheckError(f"torch {torch.__version__} multiplies wrongly: {found} instead of {64 * 64 * 32}")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     bf16 = "native bf16" if computes_bf16() else "no native bf16, so float32 is used"
     return f"{torch.__version__}, {torch.get_num_threads()} threads, {bf16}, {gpu}"
@@ -173,9 +165,7 @@ def _store(settings: Settings) -> str:
         rows, scores = index.search(vectors[1], 1)
         found = store.fetch(rows.tolist())
         if [chunk.text for chunk in found] != ["b"] or abs(float(scores[0]) - 1) > 1e-3:
-            raise _FailedCheckError(
-                f"{loaded_faiss()} finds {[chunk.text for chunk in found]} in place of ['b']"
-            )
+            raise _FailedCheckError(f"{loaded_faiss()} finds {[chunk.text for chunk in found]} in place of ['b']")
     return f"rows written, read and found; {loaded_faiss()}"
 
 
@@ -223,9 +213,7 @@ def _embedding(settings: Settings) -> str:
         raise _FailedCheckError(f"the vectors' lengths are {norms.tolist()} in place of 1")
     related, unrelated = float(vectors[0] @ vectors[1]), float(vectors[0] @ vectors[2])
     if related < unrelated + 0.1:
-        raise _FailedCheckError(
-            f"cosine {related:.2f} for related sentences and {unrelated:.2f} for unrelated ones"
-        )
+        raise _FailedCheckError(f"cosine {related:.2f} for related sentences and {unrelated:.2f} for unrelated ones")
     return f"{vectors.shape[1]} dimensions, cosine {related:.2f} (related) and {unrelated:.2f} (unrelated)"
 
 

@@ -41,16 +41,10 @@ def ingest(
     ctx: typer.Context,
     paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Files and folders.")],
     collection: InCollection = None,
-    glob: Annotated[
-        str | None, typer.Option(metavar="G", help="Take only files of this pattern from folders.")
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Processes that parse files.")
-    ] = None,
+    glob: Annotated[str | None, typer.Option(metavar="G", help="Take only files of this pattern from folders.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, metavar="N", help="Processes that parse files.")] = None,
     prune: Annotated[bool, typer.Option("--prune", help="Remove documents whose files are gone.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
     as_json: Json = False,
 ) -> None:
     """Read documents into a collection.
@@ -82,9 +76,7 @@ def ingest(
 
 def search(
     ctx: typer.Context,
-    text: Annotated[
-        str | None, typer.Argument(metavar="TEXT", help='What to look for; "-" reads stdin.')
-    ] = None,
+    text: Annotated[str | None, typer.Argument(metavar="TEXT", help='What to look for; "-" reads stdin.')] = None,
     queries: Annotated[
         str | None, typer.Option(metavar="FILE.jsonl", help='Lines of {"id", "text"}; "-" for stdin.')
     ] = None,
@@ -122,9 +114,7 @@ def search(
 
 def ask(
     ctx: typer.Context,
-    question: Annotated[
-        str | None, typer.Argument(metavar="QUESTION", help='What to answer; "-" reads stdin.')
-    ] = None,
+    question: Annotated[str | None, typer.Argument(metavar="QUESTION", help='What to answer; "-" reads stdin.')] = None,
     questions: Annotated[
         str | None, typer.Option(metavar="FILE.jsonl", help='Lines of {"id", "text"}; "-" for stdin.')
     ] = None,
@@ -136,12 +126,8 @@ def ask(
     session: SessionOption = None,
     model: ModelOption = None,
     llm_url: UrlOption = None,
-    trace: Annotated[
-        bool, typer.Option("--trace", help="Show on stderr what was retrieved and read.")
-    ] = False,
-    free: Annotated[
-        bool, typer.Option("--free", help="Answer in the model's own words, not by quotes.")
-    ] = False,
+    trace: Annotated[bool, typer.Option("--trace", help="Show on stderr what was retrieved and read.")] = False,
+    free: Annotated[bool, typer.Option("--free", help="Answer in the model's own words, not by quotes.")] = False,
     fail_on_abstain: Annotated[
         bool, typer.Option("--fail-on-abstain", help="Exit code 4 when there is no answer.")
     ] = False,

@@ -117,9 +117,7 @@ def root(
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="No progress and no remarks, only results and errors.")
     ] = False,
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show the traceback of an error, and what is logged.")
-    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and what is logged.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,

@@ -15,9 +15,7 @@ app = typer.Typer(
     rich_markup_mode=None, help="List, fetch and check the default model weights.\n\nExample: l2m models list"
 )
 
-Names = Annotated[
-    list[str] | None, typer.Argument(metavar="[NAME]...", help="Models; all when none is named.")
-]
+Names = Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Models; all when none is named.")]
 
 
 @app.command("list", cls=Command)

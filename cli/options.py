@@ -104,9 +104,7 @@ def collection_names(home: Path) -> list[str]:
     if not (home / "collections").is_dir():
         return []
     names = (entry.name for entry in os.scandir(home / "collections"))
-    return sorted(
-        name for name in names if COLLECTION_NAME.fullmatch(name) and _manifest(home, name).is_file()
-    )
+    return sorted(name for name in names if COLLECTION_NAME.fullmatch(name) and _manifest(home, name).is_file())
 
 
 def complete_collection(ctx: typer.Context, incomplete: str) -> list[str]:
@@ -211,9 +209,7 @@ def _questions(lines: TextIO, name: str, what: str) -> Iterator[Question]:
             raise UsageError(f"{where}: not valid JSON ({error})") from None
         text = row.get("text", row.get(what)) if isinstance(row, dict) else None
         if not isinstance(text, str):
-            raise UsageError(
-                f'{where}: must be an object with a string "text", such as {{"id": 1, "text": "..."}}'
-            )
+            raise UsageError(f'{where}: must be an object with a string "text", such as {{"id": 1, "text": "..."}}')
         try:
             yield Question(row.get("id"), checked_question(text, what))
         except UsageError as error:

@@ -17,7 +17,7 @@ import typer
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
 
-    from l2m_rag.collection import IngestReport, Progress
+    from l2m_rag.indexers.pipeline import IngestReport, Progress
     from l2m_rag.memory_tiers.records import Passage
     from l2m_rag.qa import Answer
 

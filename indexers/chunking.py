@@ -1,7 +1,7 @@
 """Text into chunks: whole sentences packed up to a number of tokens, with exact character offsets.
 
 The offsets are those of the document's text: `text[chunk.start:chunk.end] == chunk.text`, always. Borders, strongest
-first: hard sections (records, sheets, slides, messages), paragraphs and headings, sentences, lines, words.
+first: pages and hard sections (records, sheets, slides, messages), paragraphs and headings, sentences, lines, words.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Protocol
 
 from l2m_rag.memory_tiers.records import Chunk, Parsed
@@ -27,14 +27,13 @@ class Tokenizer(Protocol):
         ...
 
 
-# A sentence ends at . ! ? … with closing quotes and white space behind, or at a full-width stop; a paragraph at a blank line.
+# A sentence ends at . ! ? … with closing quotes and white space behind, or at a full-width stop;
+# a paragraph ends at a blank line.
 _BREAK = re.compile(r"(?P<paragraph>\r?\n[ \t\r\f\v]*\n\s*)|[.!?…][\"'”’)\]]*(?P<sentence>\s+)|[。！？]")  # noqa: RUF001
 _ABBREVIATION = re.compile(
     r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|etc|No|Nr|Fig|Eq|Art|Sec|Vol|pp|cf|approx|Inc|Ltd|Co|e\.g|i\.e|U\.S|[A-Z]))\.$"
 )
-_BATCH = (
-    512  # units tokenised at once: large enough for the tokenizer's threads, small enough to keep memory flat
-)
+_BATCH = 512  # units tokenised at once: large enough for the tokenizer's threads, small enough to keep memory flat
 _MAX_CHARS_PER_TOKEN = 16  # a unit without any border is cut at this many characters per allowed token
 
 
@@ -157,9 +156,10 @@ def _cut(text: str, tokens: Sequence[Span], size: int) -> Iterator[Span]:
 def _pieces(parsed: Parsed, longest: int) -> Iterator[tuple[int, int, int]]:
     """Give (start, end, opens) of each sentence-like stretch, trimmed of white space, in order."""
     sections = [section for section in parsed.sections if section.start < len(parsed.text)]
-    borders = sorted({0, len(parsed.text), *(section.start for section in sections)})
-    strength = {section.start: 3 if section.hard else 2 for section in sections}
-    for low, high in zip(borders, borders[1:], strict=False):
+    # a chunk lies on one page, so that what is quoted from it has one page number
+    strength = {section.start: 3 if section.hard else 2 for section in sections} | dict.fromkeys(parsed.pages, 3)
+    borders = sorted({0, len(parsed.text), *strength})
+    for low, high in pairwise(borders):
         opens = strength.get(low, 0)
         for start, end, paragraph in _sentences(parsed.text, low, high):
             for cut in range(start, end, longest):
@@ -173,9 +173,7 @@ def _sentences(text: str, low: int, high: int) -> Iterator[tuple[int, int, int]]
     """Give (start, end, 1 if a paragraph begins here else 0) of the stretches between sentence borders."""
     start, paragraph = low, 0
     for border in _BREAK.finditer(text, low, high):
-        if border["sentence"] and _ABBREVIATION.search(
-            text, max(start, border.start() - 8), border.start() + 1
-        ):
+        if border["sentence"] and _ABBREVIATION.search(text, max(start, border.start() - 8), border.start() + 1):
             continue
         yield start, border.end(), paragraph
         start, paragraph = (

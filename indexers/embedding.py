@@ -68,16 +68,12 @@ class Embedder:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self.dimension: int = int(self._model.get_embedding_dimension())
-        self.max_tokens = (
-            int(self._model.max_seq_length or 512) - 2
-        )  # [CLS] and [SEP] stand in the window too
+        self.max_tokens = int(self._model.max_seq_length or 512) - 2  # [CLS] and [SEP] stand in the window too
         self.fingerprint = _fingerprint(source, self._model)
 
     def spans(self, texts: Sequence[str]) -> list[list[Span]]:
         """Give the character span of each token of each text, special tokens left out."""
-        return [
-            found.offsets for found in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
-        ]
+        return [found.offsets for found in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
     def encode(self, texts: Sequence[str], *, progress: Callable[[int], None] | None = None) -> Vectors:
         """Embed texts.
@@ -99,7 +95,9 @@ class Embedder:
         norms = np.linalg.norm(vectors, axis=1, keepdims=True)
         if not np.isfinite(norms).all():
             raise ModelError(f"embedder {self.name!r} gave a vector that is not finite; try --dtype float32")
-        return np.divide(vectors, norms, out=vectors, where=norms > 0)
+        norms[norms == 0] = 1  # a text without any token keeps its row of zeros
+        vectors /= norms
+        return vectors
 
     def _batches(self, texts: Sequence[str]) -> list[list[int]]:
         """Group texts of like length, longest first, about `_TOKENS_PER_BATCH` tokens a group."""
@@ -132,7 +130,7 @@ def computes_bf16(device: str | torch.device | None = None) -> bool:
     import torch
 
     if torch.cuda.is_available() and (device is None or str(device).startswith("cuda")):
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 

@@ -24,9 +24,7 @@ def parse_epub(source: Source) -> Parsed:
     metadata = _metadata(root)
     chapters, contents = _spine(root, opf)
     if not chapters:
-        chapters = [
-            name for name in package.names if name.lower().endswith(_PAGES) and "META-INF" not in name
-        ]
+        chapters = [name for name in package.names if name.lower().endswith(_PAGES) and "META-INF" not in name]
     if not chapters:
         raise LoadError("corrupt", "the book has no chapters")
     titles = _table_of_contents(package, contents)

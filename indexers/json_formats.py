@@ -55,9 +55,7 @@ def parse_json(source: Source) -> Parsed:
     for line in flatten(value):
         builder.line(line)
     title = value.get("title") if isinstance(value, dict) else None
-    return builder.build(
-        source, title=title if isinstance(title, str) else None, metadata={"encoding": encoding}
-    )
+    return builder.build(source, title=title if isinstance(title, str) else None, metadata={"encoding": encoding})
 
 
 def parse_json_lines(source: Source) -> Parsed:

@@ -138,9 +138,7 @@ _FOREIGN = (
 _OLE = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
 _ZIPS = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")
 # Formats that are told by their bytes alone.
-_BINARY = frozenset(
-    suffix for suffix, format_ in SUFFIXES.items() if format_.mime.startswith((_OOXML, _ODF))
-) | {
+_BINARY = frozenset(suffix for suffix, format_ in SUFFIXES.items() if format_.mime.startswith((_OOXML, _ODF))) | {
     ".pdf",
     ".epub",
     ".rtf",
@@ -237,9 +235,7 @@ def _by_signature(data: bytes, suffix: str) -> str | None:
     if data.startswith(_OLE):
         if "EncryptedPackage".encode("utf-16-le") in data:
             raise LoadError("encrypted", "the Office file is protected by a password")
-        raise LoadError(
-            "unsupported", "Office files of before 2007 cannot be read; save it in a newer format"
-        )
+        raise LoadError("unsupported", "Office files of before 2007 cannot be read; save it in a newer format")
     if data.startswith(_ZIPS):
         return _by_members(data, suffix)
     foreign = next((name for mark, name in _FOREIGN if data.startswith(mark)), None)

@@ -147,8 +147,6 @@ def _text(message: Message, kind: str) -> str:
 
 def looks_like_mail(head: bytes) -> bool:
     """Whether the first bytes of a file are the headers of a message."""
-    names = re.findall(
-        rb"^(From|To|Subject|Date|Received|Message-ID|MIME-Version|Return-Path):", head, re.M | re.I
-    )
+    names = re.findall(rb"^(From|To|Subject|Date|Received|Message-ID|MIME-Version|Return-Path):", head, re.M | re.I)
     lines = head.split(b"\n", 1)
     return len({squeeze(name.decode()).lower() for name in names}) >= 3 and b":" in lines[0]

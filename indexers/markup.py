@@ -30,9 +30,7 @@ _DOCTYPE = re.compile(r"\A\s*(?:<\?xml[^>]*>\s*)?<!DOCTYPE[^>\[]*\[[^\]]*\]\s*>"
 _CELL_BREAK = 200  # characters in a table cell from which on its paragraphs become lines of their own
 
 Attributes = Mapping[str, str | None]
-Event = tuple[
-    str, str, Attributes
-]  # ("start", tag, attributes), ("end", tag, {}) or ("text", characters, {})
+Event = tuple[str, str, Attributes]  # ("start", tag, attributes), ("end", tag, {}) or ("text", characters, {})
 
 
 class Renderer:
@@ -269,9 +267,7 @@ _XML_INLINE = words(
 def parse_xml_text(source: Source) -> Parsed:
     """XML with its tags stripped, a line per element; damaged or empty XML stays as it is."""
     if b"<!ENTITY" in source.data:
-        return _raw_xml(
-            source
-        )  # entities are never resolved, so stripping tags would lose what they stand for
+        return _raw_xml(source)  # entities are never resolved, so stripping tags would lose what they stand for
     try:
         root = parse_xml(source.data)
     except LoadError:

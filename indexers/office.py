@@ -266,9 +266,7 @@ def _slide_title(slide: etree._Element) -> str:
     return ""
 
 
-def _shapes(
-    root: etree._Element, builder: TextBuilder, package: Package, related: dict[str, tuple[str, str]]
-) -> None:
+def _shapes(root: etree._Element, builder: TextBuilder, package: Package, related: dict[str, tuple[str, str]]) -> None:
     """Add the text of all shapes, in their order; groups and tables included."""
     for element in root:
         name = local(element)
@@ -282,9 +280,7 @@ def _shapes(
             _shapes(element, builder, package, related)
 
 
-def _frame(
-    frame: etree._Element, builder: TextBuilder, package: Package, related: dict[str, tuple[str, str]]
-) -> None:
+def _frame(frame: etree._Element, builder: TextBuilder, package: Package, related: dict[str, tuple[str, str]]) -> None:
     """Add a table, a diagram or the words of a chart."""
     for table in frame.iter("{*}tbl"):
         for row in table.iter("{*}tr"):
@@ -330,9 +326,7 @@ def parse_xlsx(source: Source) -> Parsed:
     import openpyxl
     from openpyxl.worksheet._read_only import ReadOnlyWorksheet
 
-    workbook = openpyxl.load_workbook(
-        io.BytesIO(source.data), read_only=True, data_only=True, keep_links=False
-    )
+    workbook = openpyxl.load_workbook(io.BytesIO(source.data), read_only=True, data_only=True, keep_links=False)
     builder = TextBuilder(source.max_chars)
     try:
         for sheet in workbook.worksheets:

@@ -15,9 +15,7 @@ from l2m_rag.memory_tiers.records import Parsed, Scalar
 if TYPE_CHECKING:
     from lxml import etree
 
-_SKIPPED = frozenset(
-    ("tracked-changes", "scripts", "font-face-decls", "automatic-styles", "forms", "annotation-end")
-)
+_SKIPPED = frozenset(("tracked-changes", "scripts", "font-face-decls", "automatic-styles", "forms", "annotation-end"))
 _SPACE = re.compile(r"[ \t\r\n]+")
 _MAX_REPEAT = 1000  # sheets end with rows and cells repeated to the border of the grid
 

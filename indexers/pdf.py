@@ -166,9 +166,7 @@ def _with_pypdf(data: bytes, builder: TextBuilder) -> tuple[str, dict[str, Scala
             _add_page(builder, tidy(text), [])
         if not builder.length:
             raise LoadError("corrupt", "the PDF has no pages that can be read")
-        return _properties(
-            {str(key).lstrip("/"): str(value) for key, value in (reader.metadata or {}).items()}
-        )
+        return _properties({str(key).lstrip("/"): str(value) for key, value in (reader.metadata or {}).items()})
     except FileNotDecryptedError as error:
         raise LoadError("encrypted", "the PDF is protected by a password") from error
     except LimitReachedError as error:

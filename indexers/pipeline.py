@@ -145,7 +145,12 @@ class Work:
 
 
 def plan(
-    paths: Iterable[str | Path], store: LanceStore | None, limits: Limits, *, glob: str | None = None, prune: bool = False
+    paths: Iterable[str | Path],
+    store: LanceStore | None,
+    limits: Limits,
+    *,
+    glob: str | None = None,
+    prune: bool = False,
 ) -> Work:
     """Compare the files below some paths with a collection; an unchanged file costs one stat.
 
@@ -158,9 +163,7 @@ def plan(
     work = Work([], [], [], [], unsettled, 0, found)
     for file in found.files:
         row = documents.get(file.id)
-        if row is None or row.settings != limits.fingerprint or file.id in unsettled or file.error:
-            work.todo.append(file)
-        elif row.error and row.error.split(":")[0] in _TRY_AGAIN:
+        if row is None or file.error or file.id in unsettled or _outdated(row, limits):
             work.todo.append(file)
         elif (row.uri, row.bytes, row.mtime_ns) == (file.uri, file.bytes, file.mtime_ns):
             _keep(work, row)
@@ -336,6 +339,11 @@ def _row(file: Found, parsed: Parsed | None, error: LoadError | None, chunks: in
         ingested_at=time.time(),
         error=str(error) if error else "",
     )
+
+
+def _outdated(row: DocumentRow, limits: Limits) -> bool:
+    """Say whether a file is read again though it has not changed."""
+    return row.settings != limits.fingerprint or row.error.split(":")[0] in _TRY_AGAIN
 
 
 def _keep(work: Work, row: DocumentRow) -> None:

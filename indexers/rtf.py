@@ -113,9 +113,7 @@ class _Reader:
                 if match["word"] == b"bin":
                     position += max(0, int(match["number"] or 0))
                 else:
-                    self._word(
-                        match["word"].decode(), None if match["number"] is None else int(match["number"])
-                    )
+                    self._word(match["word"].decode(), None if match["number"] is None else int(match["number"]))
             elif match["brace"]:
                 self._brace(match["brace"])
                 if not self._stack and match["brace"] == b"}":
@@ -248,9 +246,7 @@ class _Reader:
 def _known(name: str) -> str:
     """The name of an encoding, or "" if Python has none of that name."""
     try:
-        return codecs.lookup(
-            {"cp65001": "utf-8", "cp10000": "mac_roman", "cp936": "gb18030"}.get(name, name)
-        ).name
+        return codecs.lookup({"cp65001": "utf-8", "cp10000": "mac_roman", "cp936": "gb18030"}.get(name, name)).name
     except LookupError:
         return ""
 

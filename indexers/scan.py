@@ -93,7 +93,7 @@ def scan(paths: Sequence[str | Path], documents: dict[str, DocumentRow], *, glob
 
 
 def printable(path: str) -> str:
-    """Give a path as valid Unicode: bytes that are not UTF-8 are shown as \\xNN."""
+    """Give a path as valid Unicode: bytes that are not UTF-8 are shown in hexadecimal."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 

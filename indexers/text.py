@@ -171,11 +171,7 @@ def _decode_legacy(data: bytes) -> tuple[str, str]:
         return data.decode(guess), guess
     except UnicodeDecodeError:
         # The guess came from the beginning of the file only.
-        return (
-            (data.decode(guess, "replace"), guess)
-            if guess in _MULTIBYTE
-            else (data.decode("latin-1"), "latin-1")
-        )
+        return (data.decode(guess, "replace"), guess) if guess in _MULTIBYTE else (data.decode("latin-1"), "latin-1")
 
 
 def _guess(data: bytes) -> str | None:

@@ -32,9 +32,7 @@ Result = Parsed | LoadError
 
 _LENGTHS = struct.Struct(">II")
 _READ = 1 << 18
-_PREFETCH = (
-    2  # files in flight per worker: one that is parsed and one that waits, so that the child never idles
-)
+_PREFETCH = 2  # files in flight per worker: one that is parsed and one that waits, so that the child never idles
 _START_SECONDS = 60.0
 _RECYCLE_FILES = 2000
 _CHECK_FILES = 20  # files between two looks at the child's memory
@@ -256,9 +254,7 @@ class ParserPool:
         jobs = child.jobs
         code = self._stop(slot)
         if self._failed_starts > 2:
-            raise L2MError(
-                f"the parser process does not start (exit code {code}); is the memory limit too low?"
-            )
+            raise L2MError(f"the parser process does not start (exit code {code}); is the memory limit too low?")
         for job in jobs:
             self._send(slot, job)
 
@@ -310,9 +306,7 @@ def _result(header: dict[str, Any], text: str) -> Result:
         mime=str(header["mime"]),
         title=None if title is None else str(title),
         pages=tuple(int(page) for page in header["pages"]),
-        sections=tuple(
-            Section(int(start), str(heading), bool(hard)) for start, heading, hard in header["sections"]
-        ),
+        sections=tuple(Section(int(start), str(heading), bool(hard)) for start, heading, hard in header["sections"]),
         metadata=metadata,
     )
 

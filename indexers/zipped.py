@@ -35,9 +35,7 @@ class Package:
             raise LoadError("corrupt", f"the zip archive cannot be opened: {error}") from error
         members = self._archive.infolist()
         if len(members) > MAX_MEMBERS:
-            raise LoadError(
-                "too_large", f"the archive has {len(members)} members; the limit is {MAX_MEMBERS}"
-            )
+            raise LoadError("too_large", f"the archive has {len(members)} members; the limit is {MAX_MEMBERS}")
         unpacked = sum(member.file_size for member in members)
         if unpacked > MAX_BYTES:
             raise LoadError("too_large", f"the archive unpacks to {unpacked} bytes; the limit is {MAX_BYTES}")

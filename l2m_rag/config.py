@@ -116,7 +116,7 @@ class Settings:
     passages: int = 8
     """Passages looked at for an answer."""
 
-    budget: int = 1024
+    budget: int = 768
     """Positions (tokens of the language model) of evidence read for an answer."""
 
     threads: int = 0
@@ -131,9 +131,7 @@ class Settings:
             # The class is frozen: the only way to keep the checked value (a home without `~`, 30 as 30.0).
             object.__setattr__(self, setting.name, _checked(setting.name, value))
         if self.chunk_overlap >= self.chunk_size:
-            raise ConfigError(
-                f"chunk_overlap ({self.chunk_overlap}) must be less than chunk_size ({self.chunk_size})"
-            )
+            raise ConfigError(f"chunk_overlap ({self.chunk_overlap}) must be less than chunk_size ({self.chunk_size})")
 
 
 def load_settings(
@@ -245,9 +243,7 @@ def _checked(name: str, value: Any, where: str = "") -> Any:
 
 
 _TYPES: dict[str, type] = {
-    setting.name: {"Path": Path, "Path | None": Path, "str": str, "int": int, "float": float}[
-        str(setting.type)
-    ]
+    setting.name: {"Path": Path, "Path | None": Path, "str": str, "int": int, "float": float}[str(setting.type)]
     for setting in fields(Settings)
 }
 _TYPE_WORDS = {Path: "the path of a folder", str: "a string", int: "a whole number", float: "a number"}

@@ -78,7 +78,7 @@ class ModelError(L2MError):
     """A language model that could not be loaded or asked."""
 
 
-class CollectionNotFound(L2MError):
+class CollectionNotFound(L2MError):  # noqa: N818  # the name says it
     """No collection of that name."""
 
     code = 10

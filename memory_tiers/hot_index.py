@@ -1,9 +1,10 @@
 """The hot index: dense search in memory over the embeddings of a collection.
 
-It is a disposable cache of the Lance table, keyed by table version and embedder, and never trusted over the table: its
-files carry checksums, and one that does not fit is built again. Up to 50,000 rows the search is exact (FAISS, fp16 flat);
-above, FAISS IVF with 8-bit codes finds candidates that are scored again from fp16. Rows written since the index was
-built are searched exactly, rows deleted since are passed over, until so many have changed that it is built anew.
+It is a disposable cache of the Lance table, keyed by table version and embedder, and never trusted over the
+table: its files carry checksums, and one that does not fit is built again. Up to 50,000 rows the search is exact
+(FAISS, fp16 flat); above, FAISS IVF with 8-bit codes finds candidates that are scored again from fp16. Rows written
+since the index was built are searched exactly, rows deleted since are passed over, until so many have changed that
+it is built anew.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import faiss
+import faiss as _faiss
 import numpy as np
 
 from l2m_rag.memory_tiers.lance_store import LanceStore, RowIds, Scores, Vector, Vectors
 
+faiss: Any = _faiss  # its stubs lack the keyword arguments of its search parameters
 logger = logging.getLogger(__name__)
 
 EXACT_BELOW = 50_000  # rows: an exact fp16 scan takes at most about 1.4 ms up to here
@@ -53,9 +55,7 @@ class HotIndex:
     def __len__(self) -> int:
         return int(self.alive.sum())
 
-    def search(
-        self, query: Vector, k: int, allowed: RowIds | None = None
-    ) -> tuple[RowIds, Scores]:
+    def search(self, query: Vector, k: int, allowed: RowIds | None = None) -> tuple[RowIds, Scores]:
         """Give the row ids and cosines of the k nearest rows, best first.
 
         Args:
@@ -161,7 +161,7 @@ def _build(store: LanceStore) -> HotIndex:
 
 
 def _faiss_index(vectors: np.ndarray[tuple[int, int], np.dtype[np.float16]]) -> Any:
-    """Give an exact fp16 index, or IVF with 8-bit codes from `EXACT_BELOW` rows on (4 sqrt(N) lists, a power of two)."""
+    """Give an exact fp16 index; from `EXACT_BELOW` rows on IVF with 8-bit codes (about 4 sqrt(N) lists)."""
     count, dimension = vectors.shape
     if count < EXACT_BELOW:
         index = faiss.IndexScalarQuantizer(dimension, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
@@ -193,7 +193,13 @@ def _save(index: HotIndex, folder: Path, embedder: str, version: int) -> None:
         if hasattr(index.index, "nprobe"):
             faiss.write_index(index.index, str(scratch / "ivf.faiss"))
         files = {path.name: _sha256(path) for path in sorted(scratch.iterdir())}
-        sidecar = {"format": _FORMAT, "embedder": embedder, "version": version, "rows": len(index.row_ids), "files": files}
+        sidecar = {
+            "format": _FORMAT,
+            "embedder": embedder,
+            "version": version,
+            "rows": len(index.row_ids),
+            "files": files,
+        }
         (scratch / "cache.json").write_text(json.dumps(sidecar))
         old = scratch.with_suffix(".old")
         if folder.exists():
@@ -207,7 +213,7 @@ def _save(index: HotIndex, folder: Path, embedder: str, version: int) -> None:
 
 
 def _load(folder: Path, embedder: str, dimension: int) -> tuple[HotIndex, int] | None:
-    """Read the cache with the table version it was made from; None when it is missing, damaged or of another embedder."""
+    """Read the cache and the table version it was made from; None when missing, damaged or another embedder's."""
     try:
         sidecar = json.loads((folder / "cache.json").read_text())
         if sidecar["format"] != _FORMAT or sidecar["embedder"] != embedder:

@@ -1,8 +1,8 @@
 """The tables of one collection in LanceDB: the only truth of the long-term tier.
 
-Nothing outside this file imports lancedb. Lance writes whole new files and then one manifest, so a killed process leaves
-the last commit; upserts go through `merge_insert` on a declared primary key, without which two racing writers leave
-duplicate rows.
+Nothing outside this file imports lancedb. Lance writes whole new files and then one manifest, so a killed process
+leaves the last commit; upserts go through `merge_insert` on a declared primary key, without which two racing writers
+leave duplicate rows.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ os.environ.setdefault("LANCE_LOG", "error")  # Lance warns on stderr of its own 
 
 import lancedb
 import pyarrow as pa
+from lancedb.index import FTS
 from lancedb.query import MatchQuery
 
 from l2m_rag.errors import CorruptError, UsageError
@@ -88,14 +89,13 @@ class LanceStore:
         self.folder = folder
         self.dimension = dimension
         # row ids that survive compaction are what lets the hot index refer to rows
-        self._database = lancedb.connect(
-            str(folder), storage_options={"new_table_enable_stable_row_ids": "true"}
-        )
+        self._database = lancedb.connect(str(folder), storage_options={"new_table_enable_stable_row_ids": "true"})
         if create:
             for name, schema in (("documents", _DOCUMENTS), ("chunks", _chunks_schema(dimension))):
                 table = self._database.create_table(name, schema=schema)
                 table.set_unenforced_primary_key("id")
-            table.create_fts_index("text", with_position=False, stem=True, remove_stop_words=True, language="English")
+            words = FTS(with_position=False, stem=True, remove_stop_words=True, language="English")
+            table.create_index("text", config=words)
         try:
             self._documents: Any = self._database.open_table("documents")
             self._chunks: Any = self._database.open_table("chunks")
@@ -118,14 +118,14 @@ class LanceStore:
             self._documents.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(table)
 
     def remove_documents(self, ids: Sequence[str]) -> None:
-        """Delete documents and their chunks; the chunks first, so that a crash between leaves the row that names them."""
+        """Delete documents and their chunks; the chunks first, so that a crash leaves the row that names them."""
         for names in _lists(ids):
             self._chunks.delete(f"document IN ({names})")
             self._documents.delete(f"id IN ({names})")
 
     # -- chunks ------------------------------------------------------------------------------------------------------
     def add_chunks(self, chunks: Sequence[Chunk], vectors: Vectors) -> None:
-        """Insert chunks with their embeddings; one whose id is there already is replaced (its ordinal may have changed)."""
+        """Insert chunks with their embeddings; one whose id is there is replaced (its ordinal may differ)."""
         if not chunks:
             return
         flat = np.ascontiguousarray(vectors, dtype=np.float32)
@@ -192,7 +192,7 @@ class LanceStore:
         """Give the chunks of rows, in the order asked for."""
         if not len(row_ids):
             return []
-        table = self._chunks.take_row_ids(list(row_ids)).with_row_id(True).select(_CHUNK_COLUMNS).to_arrow()
+        table = self._chunks.take_row_ids(list(row_ids)).with_row_id().select(_CHUNK_COLUMNS).to_arrow()
         found = {row.pop("_rowid"): _chunk(row) for row in table.to_pylist()}
         return [found[row] for row in row_ids if row in found]
 
@@ -223,8 +223,8 @@ class LanceStore:
         for table in (self._documents, self._chunks):
             table.optimize(cleanup_older_than=timedelta(hours=1))
 
-    def index_text(self, unindexed: int = 1000) -> None:
-        """Bring the full-text index up to date when more than `unindexed` rows are outside it (each costs 29 us a query)."""
+    def index_text(self, unindexed: int = 100) -> None:
+        """Bring the full-text index up to date when over `unindexed` rows are outside it (29 us each a query)."""
         statistics = self._chunks.index_stats("text_idx")
         if statistics is None or statistics.num_unindexed_rows > unindexed:
             self.optimize()
@@ -274,8 +274,9 @@ _METADATA = re.compile(
 def to_sql(where: str) -> str:
     """Turn a filter of the user into Lance's SQL.
 
-    Columns stand as they are (`document LIKE 'reports/%' AND page >= 3`); `metadata.KEY` looks into what the format told
-    of the document, compared as text, number or truth value after the literal beside it (`metadata.author = 'Ada'`).
+    Columns stand as they are (`document LIKE 'reports/%' AND page >= 3`); `metadata.KEY` looks into what the format
+    told of the document, compared as text, number or truth value after the literal beside it
+    (`metadata.author = 'Ada'`).
     """
 
     def look_up(match: re.Match[str]) -> str:
@@ -293,7 +294,8 @@ def _chunk(row: dict[str, Any]) -> Chunk:
 
 def _matrix(column: Any, dimension: int) -> Vectors:
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    return array.flatten().to_numpy(zero_copy_only=False).reshape(-1, dimension)
+    matrix: Vectors = array.flatten().to_numpy(zero_copy_only=False).reshape(-1, dimension)
+    return matrix
 
 
 def _crc(text: str, vector: Vector) -> int:

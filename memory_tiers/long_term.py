@@ -1,7 +1,7 @@
 """The long-term tier of one collection: what was ingested, and hybrid search over it.
 
-A search asks two halves, the hot index (dense) and Lance's full-text index (BM25), and fuses what they give. The default
-fusion adds the cosine and the BM25 score scaled by the best BM25 score of the question; reciprocal rank fusion
+A search asks two halves, the hot index (dense) and Lance's full-text index (BM25), and fuses what they give. The
+default fusion adds the cosine and the BM25 score scaled by the best BM25 score of the question; reciprocal rank fusion
 (Cormack et al., SIGIR 2009) is the other choice. Measured: docs/decisions/0003-fusion.md.
 """
 

@@ -92,9 +92,7 @@ class Library:
         self.verified = VerifyReport()
         self.abstains = False
         self.citations = [
-            SimpleNamespace(
-                n=1, document="lease.pdf", page=3, start=120, end=133, quote="30 April 2029", score=0.9
-            )
+            SimpleNamespace(n=1, document="lease.pdf", page=3, start=120, end=133, quote="30 April 2029", score=0.9)
         ]
         self.passages = [
             Passage(Chunk("0f", "a\x1b[31m.txt", 0, 2, "Te\nrm", 5, 30, f"It ends {TITLE} in April."), 0.5),
@@ -239,9 +237,7 @@ def run_json(*args: str, code: int = 0, stdin: str = "") -> Any:
 
 def test_ingest_passes_its_options_on(library: Library) -> None:
     Path("docs").mkdir()
-    result = run(
-        "ingest", "docs", "-c", "contracts", "--glob", "*.md", "--workers", "3", "--prune", "--dry-run"
-    )
+    result = run("ingest", "docs", "-c", "contracts", "--glob", "*.md", "--workers", "3", "--prune", "--dry-run")
     assert result.exit_code == 0
     noted = library.noted("ingest")
     assert noted == {
@@ -357,9 +353,7 @@ def test_search_says_when_nothing_was_found(library: Library) -> None:
     assert run("search", "when").stdout == "no passage found\n"
 
 
-def test_an_unknown_collection_is_exit_code_10_and_fetches_nothing(
-    library: Library, pulled: list[str]
-) -> None:
+def test_an_unknown_collection_is_exit_code_10_and_fetches_nothing(library: Library, pulled: list[str]) -> None:
     library.exists = False
     for command in (("search", "x"), ("ask", "x"), ("chat",), ("collections", "info", "x")):
         result = run(*command)
@@ -592,7 +586,7 @@ def test_config_shows_values_and_where_they_come_from(home: Path, monkeypatch: p
     assert re.search(r"^workers = 3 +# file .*/l2m\.toml$", shown.stdout, flags=re.MULTILINE)
     assert re.search(r'^llm_key = "\*\*\*" +# env L2M_LLM_KEY$', shown.stdout, flags=re.MULTILINE)
     assert run_json("config", "show")["workers"] == 3
-    assert run_json("config", "show", "--origin")["budget"] == {"value": 1024, "origin": "default"}
+    assert run_json("config", "show", "--origin")["budget"] == {"value": 768, "origin": "default"}
     assert "very-secret" not in shown.stdout + json.dumps(run_json("config", "show"))
 
 
@@ -654,9 +648,7 @@ def test_config_path_names_the_files(home: Path, tmp_path: Path) -> None:
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
 )
-def test_an_error_is_one_line_and_its_exit_code(
-    library: Library, error: BaseException, code: int, line: str
-) -> None:
+def test_an_error_is_one_line_and_its_exit_code(library: Library, error: BaseException, code: int, line: str) -> None:
     library.error = error
     result = run("search", "x")
     assert (result.exit_code, result.stdout) == (code, "")
@@ -711,9 +703,7 @@ def test_a_wrong_call_is_exit_code_2_and_one_line(library: Library, args: tuple[
 
 
 def test_no_character_that_a_terminal_obeys_is_printed() -> None:
-    hostile = "".join(
-        map(chr, [*range(0xA0), *range(0x2028, 0x202F), *range(0x2066, 0x206A), 0xD800, 0xDFFF])
-    )
+    hostile = "".join(map(chr, [*range(0xA0), *range(0x2028, 0x202F), *range(0x2066, 0x206A), 0xD800, 0xDFFF]))
     shown = output.harmless("a" + hostile + "é漢🎉")
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", shown)
     assert shown.endswith("é漢🎉")
@@ -767,9 +757,7 @@ def commands() -> Iterator[tuple[str, ...]]:
     root: Any = get_command(app)
     for name, command in root.commands.items():
         yield from (
-            ((name, sub) for sub in getattr(command, "commands", {}))
-            if hasattr(command, "commands")
-            else ((name,),)
+            ((name, sub) for sub in getattr(command, "commands", {})) if hasattr(command, "commands") else ((name,),)
         )
 
 
@@ -795,9 +783,7 @@ def l2m() -> Callable[..., subprocess.CompletedProcess[str]]:
 
         code = "import sys; sys.argv[0] = 'l2m'; from l2m_rag.cli.main import main; main()"
         env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-        return subprocess.run(
-            [sys.executable, "-c", code, *args], env=env, capture_output=True, text=True, timeout=60
-        )
+        return subprocess.run([sys.executable, "-c", code, *args], env=env, capture_output=True, text=True, timeout=60)
 
     return call
 
@@ -871,9 +857,7 @@ def test_doctor_uses_each_part_and_names_what_is_missing(library: Library, home:
     assert [entry.name for entry in home.iterdir()] == ["collections"], "what it wrote is gone"
     library.verified = VerifyReport(ok=False, problems=["chunk 3 is altered"])
     text = run("doctor").stdout
-    assert (
-        "FAILED  collection contracts     chunk 3 is altered; run: l2m collections repair contracts" in text
-    )
+    assert "FAILED  collection contracts     chunk 3 is altered; run: l2m collections repair contracts" in text
     assert "FAILED" in run("-q", "doctor").stdout
     assert "ok   " not in run("-q", "doctor").stdout
 
@@ -908,10 +892,6 @@ def test_demo_ingests_its_documents_and_asks(library: Library, tmp_path: Path) -
 
 def test_the_demo_documents_hold_the_answers_that_are_asked_for() -> None:
     folder = ROOT / "l2m_rag" / "data" / "demo"
-    assert "The deposit for the lighthouse flat is 1,960 euros." in (folder / "lease.pdf").read_text(
-        "latin-1"
-    )
-    assert (
-        "Error code E1 means that the water tank is empty." in (folder / "espresso-manual.html").read_text()
-    )
+    assert "The deposit for the lighthouse flat is 1,960 euros." in (folder / "lease.pdf").read_text("latin-1")
+    assert "Error code E1 means that the water tank is empty." in (folder / "espresso-manual.html").read_text()
     assert "In Oslo, Zurich and London the limit is 210 euros" in (folder / "travel-policy.txt").read_text()

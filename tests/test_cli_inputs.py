@@ -77,9 +77,7 @@ def one_line(ran: subprocess.CompletedProcess[str], code: int) -> str:
     return ran.stderr[5:-1]
 
 
-@pytest.mark.parametrize(
-    "path", ["nowhere", "file.txt/below", "x" * 5000, "", "loop", "dangling", "a\x1b[2Jb"]
-)
+@pytest.mark.parametrize("path", ["nowhere", "file.txt/below", "x" * 5000, "", "loop", "dangling", "a\x1b[2Jb"])
 def test_a_path_with_nothing_at_it_is_named_and_nothing_is_made(l2m: Run, tmp_path: Path, path: str) -> None:
     (tmp_path / "file.txt").write_text("x")
     (tmp_path / "loop").symlink_to("loop")
@@ -165,9 +163,7 @@ def test_a_bad_line_is_named_by_its_number(l2m: Run, tmp_path: Path, line: str, 
     (tmp_path / "q.jsonl").write_bytes(lines.encode("utf-8", "surrogateescape"))
     assert one_line(l2m("ask", "--questions", "q.jsonl"), 2).startswith(f"q.jsonl, line 3: {message}")
     without_mark = lines.removeprefix("\ufeff")
-    assert one_line(l2m("ask", "--questions", "-", stdin=without_mark), 2).startswith(
-        "standard input, line 3: "
-    )
+    assert one_line(l2m("ask", "--questions", "-", stdin=without_mark), 2).startswith("standard input, line 3: ")
 
 
 def test_broken_settings_are_one_line(l2m: Run, tmp_path: Path) -> None:
@@ -192,9 +188,7 @@ def test_a_reader_that_leaves_ends_the_program_quietly(environment: dict[str, st
         read, write = os.pipe()
         os.close(read)
         env = {**environment, "PYTHONUNBUFFERED": buffered}
-        ran = subprocess.run(
-            [sys.executable, "-c", MAIN, *args], env=env, stdout=write, stderr=subprocess.PIPE
-        )
+        ran = subprocess.run([sys.executable, "-c", MAIN, *args], env=env, stdout=write, stderr=subprocess.PIPE)
         os.close(write)
         assert (ran.returncode, ran.stderr) == (128 + signal.SIGPIPE, b"")
 
@@ -287,17 +281,13 @@ def test_the_library_can_finish_its_batch_and_a_second_interrupt_ends_at_once(
 
 
 def test_a_full_disk_under_the_library_is_one_line(environment: dict[str, str], tmp_path: Path) -> None:
-    process = start(
-        environment, tmp_path, "raise RuntimeError('lance error: LanceError(IO): No space (os error 28)')"
-    )
+    process = start(environment, tmp_path, "raise RuntimeError('lance error: LanceError(IO): No space (os error 28)')")
     _, error = process.communicate(timeout=20)
     assert process.returncode == 1
     assert error == "l2m: disk is full: free some space; nothing is lost, run the same command again\n"
 
 
-def test_what_the_library_logs_and_warns_of_stays_out_of_the_way(
-    environment: dict[str, str], tmp_path: Path
-) -> None:
+def test_what_the_library_logs_and_warns_of_stays_out_of_the_way(environment: dict[str, str], tmp_path: Path) -> None:
     body = """
     import logging, warnings
     warnings.warn("of no use to anyone")
@@ -325,20 +315,14 @@ def embedder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     letters = [chr(code) for code in range(33, 127)]
-    vocabulary = {
-        token: i for i, token in enumerate([*special, *letters, *(f"##{letter}" for letter in letters)])
-    }
+    vocabulary = {token: i for i, token in enumerate([*special, *letters, *(f"##{letter}" for letter in letters)])}
     words = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]"))
     words.normalizer = normalizers.BertNormalizer()
     words.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     words.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     folder = tmp_path_factory.mktemp("embedder")
-    names = dict(
-        zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True)
-    )
-    PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=128, **names).save_pretrained(
-        folder / "bert"
-    )
+    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
+    PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=128, **names).save_pretrained(folder / "bert")
     torch.manual_seed(0)
     size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     config = BertConfig(vocab_size=len(vocabulary), max_position_embeddings=128, **size)
@@ -435,9 +419,7 @@ def test_words_with_signs_are_searched_for(inside: Callable[..., Result], tmp_pa
 
 
 @pytest.mark.skipif(not shutil.which("unshare"), reason="needs Linux namespaces")
-@pytest.mark.parametrize(
-    ("mount", "message"), [("-o size=2m", "l2m: disk is full"), ("-o ro", "l2m: Read-only file")]
-)
+@pytest.mark.parametrize(("mount", "message"), [("-o size=2m", "l2m: disk is full"), ("-o ro", "l2m: Read-only file")])
 def test_a_disk_that_takes_no_more_is_one_line(
     environment: dict[str, str], embedder: Path, tmp_path: Path, mount: str, message: str
 ) -> None:

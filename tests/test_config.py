@@ -91,9 +91,7 @@ def test_numbers_of_the_environment_get_their_type() -> None:
         ("L2M_HOME", "~nobody-of-this-name/x", "home ('~nobody-of-this-name/x') cannot be used"),
     ],
 )
-def test_a_bad_variable_is_named_with_its_value_and_what_it_must_be(
-    variable: str, text: str, message: str
-) -> None:
+def test_a_bad_variable_is_named_with_its_value_and_what_it_must_be(variable: str, text: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         load_settings(environ={variable: text})
     assert message in str(error.value)
@@ -157,9 +155,7 @@ def test_good_names_pass(name: str) -> None:
     assert check_name(name) == name
 
 
-@pytest.mark.parametrize(
-    "name", ["", ".", "..", "../x", "a/b", "a\\b", "A", "-x", "x" * 65, "a\n", "ä", "a b", "a\0"]
-)
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "a\\b", "A", "-x", "x" * 65, "a\n", "ä", "a b", "a\0"])
 def test_names_that_are_no_plain_folder_names_are_refused(name: str) -> None:
     with pytest.raises(UsageError, match="collection name"):
         check_name(name)

@@ -272,9 +272,7 @@ def test_encrypted_and_old_office_files(tmp_path: Path) -> None:
 # --- zip archives
 
 
-def test_zip_bombs_are_refused_before_they_are_unpacked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_zip_bombs_are_refused_before_they_are_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason(tmp_path, "a.docx", ooxml("word/document.xml", "x" * (40 << 20))) == "too_large"
     monkeypatch.setattr(zipped, "MAX_MEMBERS", 2)
     assert reason(tmp_path, "b.docx", docx_file()) == "too_large"
@@ -597,9 +595,7 @@ def test_csv_that_is_no_table_stays_as_it_is(tmp_path: Path) -> None:
 
 
 def test_json_is_flattened(tmp_path: Path) -> None:
-    parsed = read(
-        tmp_path, "a.json", '{"title": "T", "a": [{"b": 1.5}, true, null], "é": "\\ud83d\\ude00 \\ud800"}'
-    )
+    parsed = read(tmp_path, "a.json", '{"title": "T", "a": [{"b": 1.5}, true, null], "é": "\\ud83d\\ude00 \\ud800"}')
     assert parsed.text == "title: T\na[0].b: 1.5\na[1]: true\né: 😀 �\n"
     assert parsed.title == "T"
 
@@ -635,9 +631,7 @@ def test_notebook_cells_and_outputs(tmp_path: Path) -> None:
         {"cell_type": "code", "source": "print(3)", "outputs": [{"output_type": "stream", "text": ["3\n"]}]},
         {"cell_type": "markdown", "source": "## Next"},
     ]
-    parsed = read(
-        tmp_path, "a.ipynb", json.dumps({"cells": cells, "metadata": {"kernelspec": {"language": "python"}}})
-    )
+    parsed = read(tmp_path, "a.ipynb", json.dumps({"cells": cells, "metadata": {"kernelspec": {"language": "python"}}}))
     assert parsed.text == "# Head\nwords\n\n1 + 1\n\n2\n\nprint(3)\n\n3\n\n## Next\n\n"
     assert outline(parsed) == {"Head": "# Head", "Next": "## Next"}
     assert (parsed.title, parsed.metadata["language"]) == ("Head", "python")

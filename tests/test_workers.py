@@ -131,9 +131,7 @@ def test_a_crash_costs_one_file(tmp_path: Path, name: str, reason: str, detail: 
     assert isinstance(results[1], LoadError)
     assert results[1].reason == reason
     assert detail in results[1].detail
-    assert [result.text for result in results if isinstance(result, Parsed)] == expected(
-        "a.txt", "b.txt", "c.txt"
-    )
+    assert [result.text for result in results if isinstance(result, Parsed)] == expected("a.txt", "b.txt", "c.txt")
 
 
 def test_killing_an_idle_child_loses_nothing(tmp_path: Path) -> None:
@@ -149,9 +147,7 @@ def test_killing_an_idle_child_loses_nothing(tmp_path: Path) -> None:
     assert seen == paths
 
 
-def test_what_a_library_prints_does_not_reach_the_answers(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_what_a_library_prints_does_not_reach_the_answers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     paths = files(tmp_path, "print.txt", "a.txt")
     with OddPool() as pool:
         assert texts(pool.parse(paths)) == expected("print.txt", "a.txt")

@@ -1,0 +1,360 @@
+"""Answers from passages, with citations that can be checked.
+
+One function serves a collection, a single file and a turn of a conversation: they differ in what `search` looks into
+and in the history. By default the answer is a span of the passages, found by span-constrained decoding, so that its
+quote is verbatim by construction; free text is an option, and its quotes are looked up in the passages.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from itertools import pairwise
+from typing import Protocol, runtime_checkable
+
+from l2m_rag.errors import UsageError
+from l2m_rag.generate import Span, milliseconds
+from l2m_rag.memory_tiers.records import Passage
+
+LONGEST_QUESTION = 100_000  # characters; what is behind the first thousands is not read anyway
+_QUESTION_SHARE = 4  # a question takes at most one in four of the positions
+_SYSTEM = "You answer questions with a few words copied from the given text."
+_SYSTEM_FREE = (
+    "You answer questions from the numbered passages only. Name the passages you used like [1]. "
+    "Reply with 'I cannot answer' when they do not hold the answer."
+)
+_REFUSAL = re.compile(r"\b(?:cannot|can't|can not|unable to) answer\b", re.IGNORECASE)
+_WORD = re.compile(r"\w+")
+
+
+class Speller(Protocol):
+    """What an answer needs of any language model: to count, to cut, and to write."""
+
+    @property
+    def name(self) -> str:
+        """How the model is called."""
+        ...
+
+    def count(self, text: str) -> int:
+        """Give the number of tokens of a text."""
+        ...
+
+    def cut(self, text: str, tokens: int) -> str:
+        """Give the beginning of a text that has at most `tokens` tokens."""
+        ...
+
+    def reply(self, system: str, user: str, *, most: int) -> Iterator[str]:
+        """Write a reply of at most `most` tokens, piece by piece."""
+        ...
+
+
+@runtime_checkable
+class Reader(Speller, Protocol):
+    """A language model whose decoding can be constrained."""
+
+    def prompt(self, system: str, user: str, opening: str = "") -> list[int]:
+        """Give the tokens of a prompt."""
+        ...
+
+    def spans(
+        self, prompt: Sequence[int], passages: Sequence[str], *, lead: str = "", beams: int = 4, best: int = 3
+    ) -> list[Span]:
+        """Find the likeliest spans of some passages."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Citation:
+    """Where an answer stands.
+
+    Args:
+        n: number of the citation, from 1.
+        document: id of the document.
+        page: page, from 1, or None.
+        start: character offset in the document's text.
+        end: offset just behind it; `document_text[start:end] == quote`.
+        quote: the characters themselves.
+        score: of the passage that it was read from.
+    """
+
+    n: int
+    document: str
+    page: int | None
+    start: int
+    end: int
+    quote: str
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer with what it rests on; the fields are those of `l2m ask --json`.
+
+    Args:
+        question: as it was asked.
+        answer: the answer, "" when abstained.
+        answer_type: "span", "free", or "none" when abstained.
+        abstained: no answer was given.
+        answerable_probability: that the passages hold an answer, in [0, 1].
+        citations: where the answer stands.
+        steps: what was retrieved and read.
+        timings: retrieve_ms, first_token_ms, total_ms.
+        tokens: prompt, generated, positions (of evidence).
+    """
+
+    question: str
+    answer: str
+    answer_type: str
+    abstained: bool
+    answerable_probability: float
+    citations: list[Citation] = field(default_factory=list)
+    steps: list[dict[str, object]] = field(default_factory=list)
+    timings: dict[str, float] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, object]:
+        """Give the answer as plain JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    text: str
+    kind: str
+    probability: float
+    citations: list[Citation]
+    prompt: int
+    generated: int
+    first: float  # on the monotonic clock
+
+
+def answer(
+    question: str,
+    search: Callable[[str, int], list[Passage]],
+    model: Speller | Reader,
+    *,
+    passages: int = 8,
+    budget: int = 768,
+    abstain_below: float = 0.5,
+    free: bool = False,
+    history: Sequence[tuple[str, str]] = (),
+    on_text: Callable[[str], object] | None = None,
+) -> Answer:
+    """Answer a question from what a search finds.
+
+    Args:
+        question: at most `LONGEST_QUESTION` characters, with at least one letter or digit.
+        search: gives the k best passages for a text.
+        model: a decoder, or an endpoint that can only write freely.
+        passages: passages looked at.
+        budget: positions (tokens of the model) of evidence that are read, best passages first.
+        abstain_below: no answer is given when the probability that there is one lies below.
+        free: write freely instead of quoting.
+        history: (question, answer) of the turns before, oldest first; the last one helps the search.
+        on_text: called with each piece of the answer as soon as it is certain.
+
+    Raises:
+        UsageError: the question cannot be asked.
+    """
+    began = time.monotonic()
+    check_question(question)
+    say = on_text or (lambda text: None)
+    hits = search(f"{history[-1][0]} {question}" if history else question, passages)
+    retrieved = milliseconds(began)
+    asked = model.cut(question, budget // _QUESTION_SHARE)
+    read, positions = _within(hits, model, budget)
+    if not read:
+        draft = _Draft("", "none", 0.0, [], 0, 0, time.monotonic())
+    elif isinstance(model, Reader) and not free:
+        draft = _quote(asked, read, model, abstain_below)
+        say(draft.text)
+    else:
+        draft = _write(asked, read, model, history, abstain_below, say)
+    return Answer(
+        question=question,
+        answer=draft.text,
+        answer_type=draft.kind,
+        abstained=draft.kind == "none",
+        answerable_probability=round(draft.probability, 4),
+        citations=draft.citations,
+        steps=[
+            {
+                "step": 0,
+                "retrieve": True,
+                "tier": "long-term",
+                "query_top": [hit.chunk.id for hit in hits],
+                "read": [{"chunk_id": hit.chunk.id, "resolution": "1:1"} for hit in read],
+                "evicted": [],
+                "stop": True,
+            }
+        ],
+        timings={
+            "retrieve_ms": retrieved,
+            "first_token_ms": round((draft.first - began) * 1000, 1),
+            "total_ms": milliseconds(began),
+        },
+        tokens={"prompt": draft.prompt, "generated": draft.generated, "positions": positions},
+    )
+
+
+def check_question(question: str) -> None:
+    """Refuse what cannot be a question.
+
+    Raises:
+        UsageError: it is empty, has no letter or digit, or is longer than `LONGEST_QUESTION`.
+    """
+    if len(question) > LONGEST_QUESTION:
+        raise UsageError(f"the question has {len(question):,} characters; at most {LONGEST_QUESTION:,} can be asked")
+    if not any(letter.isalnum() for letter in question):
+        raise UsageError("the question needs at least one letter or digit")
+
+
+def _within(hits: Sequence[Passage], model: Speller, budget: int) -> tuple[list[Passage], int]:
+    """Give the best passages that fit the budget whole (the first one in any case, cut later), and their positions."""
+    read: list[Passage] = []
+    positions = 0
+    for hit in hits:
+        cost = model.count(hit.chunk.text)
+        if read and positions + cost > budget:
+            continue
+        read.append(hit)
+        positions += min(cost, budget)
+    return read, positions
+
+
+def _quote(question: str, read: Sequence[Passage], reader: Reader, abstain_below: float) -> _Draft:
+    """Answer with a span of the passages; the worst of them is read first, so that the best stands by the question."""
+    texts = [passage.chunk.text for passage in reversed(read)]
+    evidence = "\n\n".join(texts)
+    prompt = reader.prompt(_SYSTEM, f"{evidence}\n\nQuestion: {question}\nAnswer:", "Answer:")
+    spans = reader.spans(prompt, texts, lead=" ")
+    found = [(span, read[len(read) - 1 - span.passage]) for span in spans]
+    if not found:
+        return _Draft("", "none", 0.0, [], len(prompt), 0, time.monotonic())
+    top = found[0][0].score
+    # the same words at several places: the passage that the search likes best is cited first
+    equal = sorted((entry for entry in found if entry[0].score == top), key=lambda entry: -entry[1].score)
+    probability = answerable_probability(evidence_features(question, read, [span.score for span in spans]))
+    text = _text(*equal[0])
+    citations = _numbered(equal[:3])
+    kind = "span"
+    if probability < abstain_below:
+        text, kind, citations = "", "none", []
+    return _Draft(text, kind, probability, citations, len(prompt), equal[0][0].tokens, time.monotonic())
+
+
+def _write(
+    question: str,
+    read: Sequence[Passage],
+    model: Speller,
+    history: Sequence[tuple[str, str]],
+    abstain_below: float,
+    say: Callable[[str], object],
+) -> _Draft:
+    """Answer in the model's own words, and look up what it rests on."""
+    evidence = "\n\n".join(f"[{number}] {passage.chunk.text}" for number, passage in enumerate(read, 1))
+    turns = "".join(f"Earlier question: {asked}\nEarlier answer: {told}\n\n" for asked, told in history[-3:])
+    user = f"{evidence}\n\n{turns}Question: {question}"
+    pieces: list[str] = []
+    first = 0.0
+    for piece in model.reply(_SYSTEM_FREE, user, most=256):
+        first = first or time.monotonic()
+        pieces.append(piece)
+        say(piece)
+    text = "".join(pieces).strip()
+    spans = _support(text, read)
+    found = bool(text) and not _REFUSAL.search(text) and bool(spans)
+    probability = answerable_probability(evidence_features(question, read, []))
+    kind = "free" if found and probability >= abstain_below else "none"
+    return _Draft(
+        text if kind == "free" else "",
+        kind,
+        probability if found else min(probability, 0.5),
+        _numbered(spans) if kind == "free" else [],
+        model.count(_SYSTEM_FREE) + model.count(user),
+        model.count(text),
+        first or time.monotonic(),
+    )
+
+
+def _numbered(found: Sequence[tuple[Span, Passage]]) -> list[Citation]:
+    return [
+        Citation(
+            n=number,
+            document=passage.chunk.document,
+            page=passage.chunk.page,
+            start=passage.chunk.start + span.start,
+            end=passage.chunk.start + span.end,
+            quote=_text(span, passage),
+            score=round(passage.score, 4),
+        )
+        for number, (span, passage) in enumerate(found, 1)
+    ]
+
+
+def _text(span: Span, passage: Passage) -> str:
+    return passage.chunk.text[span.start : span.end]
+
+
+def _support(text: str, read: Sequence[Passage]) -> list[tuple[Span, Passage]]:
+    """Give, for free text, the sentence of each passage that shares most of its words; named passages ([n]) first."""
+    words = {word.lower() for word in _WORD.findall(re.sub(r"\[\d+\]", " ", text))}
+    named = {int(number) - 1 for number in re.findall(r"\[(\d+)\]", text)}
+    found: list[tuple[float, Span, Passage]] = []
+    for number, passage in enumerate(read):
+        best = max(
+            (
+                (
+                    len(words & {word.lower() for word in _WORD.findall(passage.chunk.text[low:high])}),
+                    low,
+                    high,
+                )
+                for low, high in _sentences(passage.chunk.text)
+            ),
+            key=lambda entry: (entry[0], entry[1] - entry[2]),
+        )
+        share = best[0] / max(len(words), 1)
+        if share >= (0.2 if number in named else 0.5):
+            found.append((share + (number in named), Span(number, best[1], best[2], math.log(share), 0), passage))
+    found.sort(key=lambda entry: -entry[0])
+    return [(span, passage) for _, span, passage in found[:3]]
+
+
+def _sentences(text: str) -> list[tuple[int, int]]:
+    borders = [0, *(match.end() for match in re.finditer(r"[.!?]\s+|\n+", text)), len(text)]
+    trimmed = [(low, low + len(text[low:high].rstrip())) for low, high in pairwise(borders)]
+    return [(low, high) for low, high in trimmed if high > low]
+
+
+def evidence_features(question: str, read: Sequence[Passage], scores: Sequence[float]) -> dict[str, float]:
+    """Give what tells whether the passages hold an answer.
+
+    Args:
+        question: the question.
+        read: passages, best first; at least one.
+        scores: log-probabilities of the best spans, best first; empty when none were made.
+    """
+    words = [word.lower() for word in _WORD.findall(question) if len(word) > 3]
+    text = read[0].chunk.text.lower()
+    distinct = sorted(set(scores), reverse=True)
+    return {
+        "cosine": max((passage.dense or 0.0 for passage in read), default=0.0),
+        "covered": sum(word in text for word in words) / max(len(words), 1),
+        "span": max(distinct[0], -20.0) if distinct else 0.0,
+        "margin": min(distinct[0] - distinct[1], 5.0) if len(distinct) > 1 else 0.0,
+        "free": float(not distinct),
+    }
+
+
+def answerable_probability(features: dict[str, float]) -> float:
+    """Give the probability that the passages hold an answer: logistic regression, fitted by `l2m eval calibrate`."""
+    weights: dict[str, float] = json.loads(resources.files("l2m_rag").joinpath("data/answerability.json").read_text())[
+        "weights"
+    ]
+    z = weights["bias"] + sum(weights[name] * value for name, value in features.items())
+    return 1 / (1 + math.exp(-max(-50.0, min(50.0, z))))

@@ -1,0 +1,219 @@
+"""Answers: quotes are verbatim at their offsets, the budget holds, abstention is a choice with a probability."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from l2m_rag import qa
+from l2m_rag.errors import UsageError
+from l2m_rag.generate import Span
+from l2m_rag.indexers.chunking import split
+from l2m_rag.memory_tiers.records import Chunk, Parsed, Passage
+
+
+class Words:
+    """A model whose tokens are words, that quotes the first words of the passage it is told to."""
+
+    name = "words"
+
+    def __init__(self, reply: str = "", spans: list[Span] | None = None) -> None:
+        self.text = reply
+        self.found = spans
+        self.prompts: list[str] = []
+
+    def count(self, text: str) -> int:
+        return len(text.split())
+
+    def cut(self, text: str, tokens: int) -> str:
+        return " ".join(text.split()[:tokens])
+
+    def reply(self, system: str, user: str, *, most: int) -> Iterator[str]:
+        self.prompts.append(user)
+        yield from (word + " " for word in self.text.split())
+
+    def prompt(self, system: str, user: str, opening: str = "") -> list[int]:
+        self.prompts.append(user)
+        return [0] * self.count(user)
+
+    def spans(
+        self, prompt: Sequence[int], passages: Sequence[str], *, lead: str = "", beams: int = 4, best: int = 3
+    ) -> list[Span]:
+        if self.found is not None:
+            return self.found
+        number = max(range(len(passages)), key=lambda n: len(passages[n]))
+        text = passages[number]
+        return [Span(number, 0, len(text), -1.0, 3), Span(number, 0, max(1, len(text) // 2), -2.0, 2)]
+
+
+class Writer:
+    """A model that can only write."""
+
+    def __init__(self, model: Words) -> None:
+        self.name, self.count, self.cut, self.reply = model.name, model.count, model.cut, model.reply
+
+
+def passage(
+    text: str, *, document: str = "d.txt", start: int = 0, score: float = 1.0, page: int | None = None
+) -> Passage:
+    chunk = Chunk(f"{document}:{start}", document, 0, page, "", start, start + len(text), text)
+    return Passage(chunk, score, dense=0.7, lexical=3.0)
+
+
+class NeverFit(Words):
+    """Words, but every passage fills the whole budget."""
+
+    def count(self, text: str) -> int:
+        return 10_000
+
+
+class Spaces:
+    """Tokens are stretches without spaces."""
+
+    def spans(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
+        result = []
+        for text in texts:
+            spans, start = [], None
+            for at, letter in enumerate(text + " "):
+                if letter.isspace() and start is not None:
+                    spans.append((start, at))
+                    start = None
+                elif not letter.isspace() and start is None:
+                    start = at
+            result.append(spans)
+        return result
+
+
+@given(
+    text=st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(" \n.é́👩‍👧")), max_size=300),
+    question=st.text(min_size=1, max_size=20).filter(lambda q: any(c.isalnum() for c in q)),
+)
+@settings(max_examples=60, deadline=None)
+def test_quotes_are_verbatim_at_their_offsets(text: str, question: str) -> None:
+    question = question.encode("utf-8", "replace").decode()
+    chunks = list(split(Parsed(text, "text/plain"), "d", Spaces(), size=8, overlap=2))
+    hits = [Passage(chunk, 1.0 / (n + 1)) for n, chunk in enumerate(chunks)]
+    answer = qa.answer(question, lambda _, k: hits[:k], Words(), abstain_below=0.0)
+    assert bool(answer.citations) == bool(chunks)
+    for citation in answer.citations:
+        assert text[citation.start : citation.end] == citation.quote
+    if answer.citations:
+        assert answer.answer == answer.citations[0].quote
+
+
+def test_the_answer_is_the_best_span_with_page_and_place() -> None:
+    read = [passage("The rent is 900 euros.", document="lease.pdf", start=500, page=4)]
+    answer = qa.answer(
+        "What is the rent?", lambda _, k: read, Words(spans=[Span(0, 12, 21, -0.5, 2)]), abstain_below=0.0
+    )
+    assert (answer.answer, answer.answer_type, answer.abstained) == ("900 euros", "span", False)
+    citation = answer.citations[0]
+    assert (citation.document, citation.page, citation.start, citation.end) == ("lease.pdf", 4, 512, 521)
+    assert answer.steps[0]["read"] == [{"chunk_id": "lease.pdf:500", "resolution": "1:1"}]
+
+
+def test_of_equal_words_the_passage_that_the_search_likes_best_is_cited_first() -> None:
+    good, poor = passage("in Oslo", document="a"), passage("in Oslo", document="b", score=0.2)
+    spans = [Span(0, 3, 7, -0.5, 1), Span(1, 3, 7, -0.5, 1)]
+    answer = qa.answer("Where?", lambda _, k: [good, poor], Words(spans=spans), abstain_below=0.0)
+    assert [citation.document for citation in answer.citations] == ["a", "b"]
+    assert [citation.n for citation in answer.citations] == [1, 2]
+
+
+def test_below_the_threshold_nothing_is_answered() -> None:
+    read = [passage("The rent is 900 euros.")]
+    answer = qa.answer("Who is the king?", lambda _, k: read, Words(), abstain_below=1.01)
+    assert (answer.answer, answer.answer_type, answer.abstained, answer.citations) == ("", "none", True, [])
+    assert 0 <= answer.answerable_probability <= 1
+
+
+def test_no_passage_means_no_answer_and_probability_zero() -> None:
+    answer = qa.answer("Who?", lambda _, k: [], Words(), abstain_below=0.0)
+    assert answer.abstained
+    assert answer.answerable_probability == 0.0
+
+
+def test_the_budget_holds_and_the_best_passage_is_always_read() -> None:
+    hits = [
+        passage("a " * 60, document="1"),
+        passage("b " * 60, document="2"),
+        passage("c " * 30, document="3"),
+    ]
+    answer = qa.answer("Who?", lambda _, k: hits, Words(), budget=100, abstain_below=0.0)
+    assert answer.tokens["positions"] == 90  # the second does not fit, the third does
+    read = answer.steps[0]["read"]
+    assert isinstance(read, list)
+    assert [entry["chunk_id"] for entry in read] == ["1:0", "3:0"]
+    assert len(qa.answer("Who?", lambda _, k: hits, NeverFit(), abstain_below=0.0).steps[0]["read"]) == 1  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("question", ["", "   ", "?!...", "\n", "x" * (qa.LONGEST_QUESTION + 1)])
+def test_what_is_no_question_is_refused(question: str) -> None:
+    with pytest.raises(UsageError, match="question"):
+        qa.answer(question, lambda _, k: [], Words())
+
+
+def test_a_long_question_is_cut_to_its_share_of_the_budget() -> None:
+    model = Words()
+    qa.answer("why " * 20_000, lambda _, k: [passage("because")], model, budget=100, abstain_below=0.0)
+    assert model.count(model.prompts[0]) < 60
+
+
+def test_free_text_cites_the_sentences_it_shares_words_with() -> None:
+    read = [
+        passage("Cats sleep. The lease ends on 31 May 2027. Dogs bark."),
+        passage("Nothing here.", document="e"),
+    ]
+    pieces: list[str] = []
+    answer = qa.answer(
+        "When does the lease end?",
+        lambda _, k: read,
+        Writer(Words("The lease ends on 31 May 2027 [1]")),
+        abstain_below=0.0,
+        on_text=pieces.append,
+    )
+    assert answer.answer_type == "free"
+    assert "".join(pieces).strip() == answer.answer
+    assert [citation.quote for citation in answer.citations] == ["The lease ends on 31 May 2027."]
+
+
+@pytest.mark.parametrize("reply", ["I cannot answer that.", "", "Purple monkeys dance wildly tonight"])
+def test_free_text_without_support_is_an_abstention(reply: str) -> None:
+    answer = qa.answer("Who?", lambda _, k: [passage("The rent is 900.")], Writer(Words(reply)), abstain_below=0.0)
+    assert answer.abstained
+    assert answer.answer == ""
+    assert answer.citations == []
+
+
+def test_the_turn_before_helps_the_search() -> None:
+    asked: list[str] = []
+
+    def search(text: str, k: int) -> list[Passage]:
+        asked.append(text)
+        return []
+
+    qa.answer("And when does it end?", search, Words(), history=[("Where is the flat?", "Oslo")])
+    assert asked == ["Where is the flat? And when does it end?"]
+
+
+def test_json_has_the_fields_of_the_contract() -> None:
+    answer = qa.answer("Who?", lambda _, k: [passage("Ada wrote it.")], Words(), abstain_below=0.0)
+    found = json.loads(json.dumps(answer.to_json()))
+    outer = "question answer answer_type abstained answerable_probability citations steps timings tokens"
+    assert set(found) == set(outer.split())
+    assert set(found["citations"][0]) == {"n", "document", "page", "start", "end", "quote", "score"}
+    assert set(found["steps"][0]) == {"step", "retrieve", "tier", "query_top", "read", "evicted", "stop"}
+    assert set(found["timings"]) == {"retrieve_ms", "first_token_ms", "total_ms"}
+    assert set(found["tokens"]) == {"prompt", "generated", "positions"}
+
+
+def test_more_support_never_makes_an_answer_less_likely() -> None:
+    def probability(cosine: float, span: float) -> float:
+        return qa.answerable_probability({"cosine": cosine, "covered": 0.5, "span": span, "margin": 0.5, "free": 0.0})
+
+    assert probability(0.8, -2.0) >= probability(0.3, -2.0)
+    assert probability(0.6, -1.0) >= probability(0.6, -8.0)
