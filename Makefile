@@ -1,9 +1,9 @@
-# make setup | demo | test | check | bench; each works alone on a fresh clone with nothing but Python >= 3.11.
+# make setup | demo | test | check | docs | notebooks | bench; each works alone on a fresh clone with nothing but Python >= 3.11.
 PYTHON ?= python3
 BIN := .venv/bin
 TORCH := torch==2.13.0
 
-.PHONY: setup demo test test-all lint types arrows check notebooks bench clean
+.PHONY: setup demo test test-all lint types arrows check docs notebooks bench clean
 .DELETE_ON_ERROR:
 
 setup: .venv/.ready
@@ -38,11 +38,16 @@ arrows: .venv/.ready
 check: lint types arrows test
 
 notebooks: .venv/.ready
-	$(BIN)/jupytext --to ipynb notebooks/*.py
+	$(BIN)/python -m pip install --quiet --editable '.[notebooks]'
+	cd notebooks && ../$(BIN)/jupytext --to ipynb --execute *.py
+
+docs: .venv/.ready
+	$(BIN)/typer l2m_rag.cli.main utils docs --name l2m --output docs/cli-reference.md
 
 bench: .venv/.ready
 	$(BIN)/l2m bench ingest
 	$(BIN)/l2m bench search
+	$(BIN)/l2m bench ask
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache

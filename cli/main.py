@@ -24,7 +24,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from l2m_rag.cli import collections, demo, doctor, documents, models, output, settings
+from l2m_rag.cli import collections, demo, doctor, documents, evaluation, models, output, serving, settings
 from l2m_rag.cli.options import Command, examples_kept
 from l2m_rag.errors import L2MError
 
@@ -95,8 +95,12 @@ for command in (documents.ingest, documents.search, documents.ask, documents.cha
 app.add_typer(collections.app, name="collections")
 app.add_typer(models.app, name="models")
 app.add_typer(settings.app, name="config")
+app.add_typer(evaluation.eval_app, name="eval")
+app.add_typer(evaluation.bench_app, name="bench")
 app.command(cls=Command)(doctor.doctor)
 app.command(cls=Command)(demo.demo)
+app.command(cls=Command)(serving.serve)
+app.command(cls=Command)(serving.mcp)
 
 
 def _version(show: bool) -> None:

@@ -82,8 +82,14 @@ def ready(
         decoder: whether an answer is going to be written.
         new: whether the command makes its collection; if not and there is none, nothing is fetched.
     """
-    if not new and not _manifest(settings.home, settings.collection).is_file():
-        return
+    if new or _manifest(settings.home, settings.collection).is_file():
+        fetch(ctx, settings, as_json=as_json, embedder=embedder, decoder=decoder)
+
+
+def fetch(
+    ctx: typer.Context, settings: Settings, *, as_json: bool, embedder: bool = True, decoder: bool = False
+) -> None:
+    """Fetch the pinned weights that are needed and not there yet, and show it; the arguments are those of `ready`."""
     from l2m_rag import weights
 
     needed = [weights.DEFAULT_EMBEDDER] if embedder and settings.embedder == "default" else []

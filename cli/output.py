@@ -149,6 +149,20 @@ def byte_bar(show: bool, name: str) -> Iterator[Callable[[str, int, int], None] 
         yield show_progress
 
 
+@contextmanager
+def count_bar(show: bool, name: str) -> Iterator[Callable[[int, int], object] | None]:
+    """Draw how many of something are done while the block runs; give None when nothing is to be shown."""
+    if not show:
+        yield None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with _bars(*columns) as bars:
+        task = bars.add_task(name, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
 def _bars(*columns: object) -> Bars:
     from rich.console import Console
     from rich.progress import Progress as Bars

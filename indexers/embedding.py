@@ -54,10 +54,11 @@ class Embedder:
         if dtype not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f"dtype ({dtype}) must be auto, float32 or bfloat16")
         self.name = name
+        self.source = str(source)
         self.dtype = ("bfloat16" if computes_bf16(device) else "float32") if dtype == "auto" else dtype
         try:
             self._model: Any = SentenceTransformer(
-                str(source), device=device, model_kwargs={"dtype": getattr(torch, self.dtype)}
+                self.source, device=device, model_kwargs={"dtype": getattr(torch, self.dtype)}
             )
         except Exception as error:  # whatever a hub client, a config or a weight file can throw
             raise ModelError(f"embedder {name!r} could not be loaded from {source}: {error}") from error
@@ -68,7 +69,9 @@ class Embedder:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self.dimension: int = int(self._model.get_embedding_dimension())
-        self.max_tokens = int(self._model.max_seq_length or 512) - 2  # [CLS] and [SEP] stand in the window too
+        window = self._model.max_seq_length or 512
+        # [CLS] and [SEP] stand in the window too; a static model (a table of token vectors) has no window
+        self.max_tokens = int(window) - 2 if window < 1e9 else 1_000_000
         self.fingerprint = _fingerprint(source, self._model)
 
     def spans(self, texts: Sequence[str]) -> list[list[Span]]:

@@ -1,14 +1,16 @@
 """Ingest: files -> text -> chunks -> vectors -> tier, in one loop; documents stream through it and memory stays flat.
 
 A document's row is written after its last chunk, so a run that was killed is found by counting: chunks that no row
-accounts for belong to a document that must be done again. Chunks are named by their content, so doing it again
-changes nothing that was right.
+accounts for belong to a document that must be done again. Before the chunks of a document are replaced, its row is
+marked, so that it is done again also when its old file comes back. Chunks are named by their content, so doing it
+again changes nothing that was right.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +22,7 @@ import numpy as np
 
 from l2m_rag.errors import LoadError, Reason
 from l2m_rag.indexers.chunking import Tokenizer, split
-from l2m_rag.indexers.scan import Found, Scan, fits, scan
+from l2m_rag.indexers.scan import Found, Scan, fits, is_gone, path_of, printable, scan
 from l2m_rag.indexers.workers import ParserPool
 from l2m_rag.memory_tiers.lance_store import LanceStore, Vector, Vectors
 from l2m_rag.memory_tiers.long_term import LongTermTier
@@ -30,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 _PARSER = 1  # raise it when the loaders or the chunker give other text for the same bytes
 _BATCH = 512  # chunks a commit: a few seconds of embedding, against about 0.1 s for the commit itself
+_UNKNOWN = -1  # as a modification time, with no hash: whatever the file is, the row does not stand for it
 _TRY_AGAIN: tuple[Reason, ...] = ("timeout", "unreadable")
 
 
@@ -167,15 +170,19 @@ def plan(
             work.todo.append(file)
         elif (row.uri, row.bytes, row.mtime_ns) == (file.uri, file.bytes, file.mtime_ns):
             _keep(work, row)
-        elif row.bytes == file.bytes and _sha256(file.path) == row.sha256:
-            work.touched.append(replace(row, uri=file.uri, root=str(file.root), mtime_ns=file.mtime_ns))
+        elif row.sha256 and row.bytes == file.bytes and _sha256(file.path) == row.sha256:
+            work.touched.append(replace(row, uri=file.uri, root=printable(str(file.root)), mtime_ns=file.mtime_ns))
             _keep(work, row)
         else:
             work.todo.append(file)
     here = {file.id for file in found.files}
     work.gone = [name for name in sorted(unsettled - documents.keys()) if name not in here]
-    if prune:
-        work.gone += [row.id for row in documents.values() if row.id not in here and _below(row, found, glob)]
+    # that a file could not be read is forgotten with the file
+    work.gone += [
+        row.id
+        for row in documents.values()
+        if (prune or row.error) and row.id not in here and _has_gone(row, found, glob)
+    ]
     return work
 
 
@@ -208,7 +215,7 @@ def ingest(
             progress(Progress(len(work.todo), True, done, len(report.failed), report.chunks, current, seconds))
 
     tier.store.remove_documents(work.gone)
-    report.removed = sum(1 for identity in work.gone if identity in documents)
+    report.removed = sum(1 for identity in work.gone if identity in documents and not documents[identity].error)
     tier.store.put_documents(work.touched)
     batch = _Batch(tier.store, embedder, report, tell)
     tell()
@@ -219,21 +226,21 @@ def ingest(
             report.failed.append(Failure(file.id, result.reason, result.detail))
             # what may pass by itself does not cost a document that was read well before
             if before is None or before.error or result.reason not in _TRY_AGAIN:
-                batch.add(file.id, iter(()), replaces=replaces)
+                batch.add(file.id, iter(()), replaces=replaces, before=before)
                 batch.close(_row(file, None, result, 0, limits))
         else:
             model = batch.model()
             size = min(limits.chunk_size, model.max_tokens)
             chunks = split(result, file.id, model, size=size, overlap=min(limits.chunk_overlap, size - 1))
-            count = batch.add(file.id, chunks, replaces=replaces)
+            count = batch.add(file.id, chunks, replaces=replaces, before=before)
             batch.close(_row(file, result, None, count, limits))
             report.added += before is None or bool(before.error)
             report.updated += before is not None and not before.error
         done += 1
         tell(file.id)
     batch.flush()
+    tier.store.index_text()  # also what a run that was killed has left to do
     if batch.commits or work.gone or work.touched:
-        tier.store.index_text()
         tier.hot_index()
     report.seconds = round(time.monotonic() - began, 3)
     tell()
@@ -257,8 +264,9 @@ class _Batch:
         self._tell = tell
         self._chunks: list[Chunk] = []
         self._rows: list[DocumentRow] = []
+        self._unmarked: list[DocumentRow] = []  # rows of documents whose chunks are about to be replaced
         self._replaced: dict[str, set[str]] = {}  # document -> ids of its new chunks, for those that have old ones
-        self._known: dict[str, dict[str, Vector]] = {}  # document -> vectors that its chunks have already
+        self._known: dict[str, dict[str, Vector]] = {}  # document -> vectors of the texts it has already
 
     def model(self) -> Embedder:
         """Give the embedder, loaded on first use."""
@@ -266,8 +274,17 @@ class _Batch:
             self._embedder = self._embedder()
         return self._embedder
 
-    def add(self, document: str, chunks: Iterator[Chunk], *, replaces: bool) -> int:
-        """Take a document's chunks, writing whenever a batch is full; give their number."""
+    def add(self, document: str, chunks: Iterator[Chunk], *, replaces: bool, before: DocumentRow | None) -> int:
+        """Take a document's chunks, writing whenever a batch is full; give their number.
+
+        Args:
+            document: its id.
+            chunks: in order.
+            replaces: whether the store may have other chunks of it.
+            before: its row, when there is one.
+        """
+        if before is not None and before.chunks:
+            self._unmarked.append(before)
         if replaces:
             self._replaced[document] = set()
             self._known[document] = self._store.embeddings(document)
@@ -289,12 +306,14 @@ class _Batch:
 
     def flush(self) -> None:
         """Write chunks, drop what they replace, and then write the rows of the documents that are complete."""
+        self._store.put_documents([replace(row, sha256="", mtime_ns=_UNKNOWN) for row in self._unmarked])
+        self._unmarked = []
         if self._chunks:
             self._store.add_chunks(self._chunks, self._vectors())
-        for row in self._rows:
-            if row.id in self._replaced:
-                self._store.drop_stale_chunks(row.id, self._replaced.pop(row.id))
-                self._known.pop(row.id)
+        complete = [row.id for row in self._rows if row.id in self._replaced]
+        self._store.drop_stale_chunks({document: self._replaced.pop(document) for document in complete})
+        for document in complete:
+            self._known.pop(document)
         self._store.put_documents(self._rows)
         self.commits += bool(self._chunks or self._rows)
         self._report.chunks += len(self._chunks)
@@ -302,7 +321,7 @@ class _Batch:
 
     def _vectors(self) -> Vectors:
         """Give the vectors of the waiting chunks, computing those that the store does not have."""
-        found = [self._known.get(chunk.document, {}).get(chunk.id) for chunk in self._chunks]
+        found = [self._known.get(chunk.document, {}).get(chunk.text) for chunk in self._chunks]
         new = [chunk for chunk, vector in zip(self._chunks, found, strict=True) if vector is None]
         if not new:
             return np.stack([vector for vector in found if vector is not None])
@@ -324,21 +343,32 @@ def _parse(files: list[Found], limits: Limits) -> Iterator[tuple[Found, Parsed |
 
 
 def _row(file: Found, parsed: Parsed | None, error: LoadError | None, chunks: int, limits: Limits) -> DocumentRow:
+    sha256 = "" if file.error else _sha256(file.path)
+    steady = bool(sha256) and _is_as_found(file)
     return DocumentRow(
         id=file.id,
         uri=file.uri,
-        root=str(file.root),
+        root=printable(str(file.root)),
         title=(parsed.title if parsed else None) or Path(file.id).name,
         mime=parsed.mime if parsed else "",
-        sha256="" if file.error else _sha256(file.path),
+        sha256=sha256 if steady else "",
         bytes=file.bytes,
-        mtime_ns=file.mtime_ns,
+        mtime_ns=file.mtime_ns if steady else _UNKNOWN,
         pages=len(parsed.pages) if parsed else 0,
         chunks=chunks,
         settings=limits.fingerprint,
         ingested_at=time.time(),
         error=str(error) if error else "",
     )
+
+
+def _is_as_found(file: Found) -> bool:
+    """Say whether a file is still what the scan saw; else nobody knows which of its states was parsed."""
+    try:
+        status = os.stat(file.path)
+    except OSError:
+        return False
+    return (status.st_size, status.st_mtime_ns) == (file.bytes, file.mtime_ns)
 
 
 def _outdated(row: DocumentRow, limits: Limits) -> bool:
@@ -356,18 +386,18 @@ def _keep(work: Work, row: DocumentRow) -> None:
 
 def _unsettled(store: LanceStore, documents: dict[str, DocumentRow]) -> set[str]:
     """Give the documents whose chunks do not add up with their row: a run was killed while it wrote them."""
-    if store.count_chunks() == sum(row.chunks for row in documents.values()):
-        return set()
     counts = store.chunks_per_document()
     names = documents.keys() | counts.keys()
     return {name for name in names if counts.get(name, 0) != (documents[name].chunks if name in documents else 0)}
 
 
-def _below(row: DocumentRow, found: Scan, glob: str | None) -> bool:
-    """Say whether a document's file would have been found, were it still there."""
-    path = Path(row.uri)
-    hidden = any(path.is_relative_to(folder) for folder in found.blind)
-    return any(path.is_relative_to(root) for root in found.roots) and not hidden and (not glob or fits(row.id, glob))
+def _has_gone(row: DocumentRow, found: Scan, glob: str | None) -> bool:
+    """Say whether a document's file has gone from the folders that were walked."""
+    path = Path(path_of(row.uri))
+    if any(path.is_relative_to(folder) for folder in found.blind):
+        return False
+    below = [printable(str(path.relative_to(root))) for root in found.roots if path.is_relative_to(root)]
+    return any(not glob or fits(relative, glob) for relative in below) and is_gone(str(path))
 
 
 def _sha256(path: Path) -> str:

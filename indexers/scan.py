@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,9 @@ from pathlib import Path
 
 from l2m_rag.errors import LoadError, UsageError
 from l2m_rag.memory_tiers.records import DocumentRow
+
+_ESCAPED = re.compile(rb"\\x([0-9a-f]{2})")
+_LOOKS_ESCAPED = re.compile(rb"\\(?=x[0-9a-f]{2})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,8 @@ def scan(paths: Sequence[str | Path], documents: dict[str, DocumentRow], *, glob
                 continue
             seen.add(path)
             identity = names.give(relative, base, path)
+            if identity is None:
+                continue
             if isinstance(status, LoadError):
                 result.files.append(Found(identity, path, base, error=status))
             else:
@@ -93,8 +99,23 @@ def scan(paths: Sequence[str | Path], documents: dict[str, DocumentRow], *, glob
 
 
 def printable(path: str) -> str:
-    """Give a path as valid Unicode: bytes that are not UTF-8 are shown in hexadecimal."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    r"""Give a path as valid Unicode: bytes that are not UTF-8 stand as `\xff`, and no two paths give the same text."""
+    return _LOOKS_ESCAPED.sub(rb"\\x5c", os.fsencode(path)).decode("utf-8", "backslashreplace")
+
+
+def path_of(uri: str) -> str:
+    """Give the path of which `printable` made a uri."""
+    return os.fsdecode(_ESCAPED.sub(lambda match: bytes.fromhex(match[1].decode()), os.fsencode(uri)))
+
+
+def is_gone(path: str) -> bool:
+    """Say whether there is no file at a path any more; what may not be looked at is taken to be there."""
+    try:
+        return not stat.S_ISREG(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
 
 
 class _Names:
@@ -103,18 +124,40 @@ class _Names:
     def __init__(self, documents: dict[str, DocumentRow]) -> None:
         self._by_uri = {row.uri: row.id for row in documents.values()}
         self._taken = {row.id: row.uri for row in documents.values()}
+        self._given: set[str] = set()
 
-    def give(self, relative: str, root: Path, path: Path) -> str:
+    def give(self, relative: str, root: Path, path: Path) -> str | None:
+        """Give the id of a file; None when it is one that has its id already, found by another way."""
+        name = self._choose(relative, root, path)
+        if name in self._given:
+            return None
+        self._given.add(name)
+        self._taken[name] = printable(str(path))
+        return name
+
+    def _choose(self, relative: str, root: Path, path: Path) -> str:
         uri = printable(str(path))
         if uri in self._by_uri:
             return self._by_uri[uri]
-        for name in (relative, f"{printable(root.name)}/{relative}", uri):
+        for name in (relative, f"{printable(root.name)}/{relative}"):
             owner = self._taken.get(name)
-            # an id whose file is gone is free: the folder has moved, and its documents keep their names
-            if owner is None or owner == uri or not os.path.lexists(owner):
-                self._taken[name] = uri
+            if owner is None or owner == uri or _is_free(path_of(owner), path):
                 return name
         return uri
+
+
+def _is_free(owner: str, path: Path) -> bool:
+    """Say whether an id may go over from one file to another: when it is the same one, reached through a link, or gone.
+
+    When a folder has moved, its documents keep their names.
+    """
+    try:
+        os.lstat(owner)
+        return os.path.samefile(owner, path)
+    except (FileNotFoundError, NotADirectoryError):
+        return not os.path.lexists(owner)
+    except OSError:
+        return False
 
 
 def fits(relative: str, glob: str) -> bool:

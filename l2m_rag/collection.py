@@ -6,15 +6,18 @@ This is where indexers, tier and decoder meet. It stands above `qa` because `kb.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
+import struct
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -22,18 +25,24 @@ from typing import TYPE_CHECKING
 
 from l2m_rag import qa
 from l2m_rag.config import Settings, check_name, load_settings
-from l2m_rag.errors import CollectionNotFound, CorruptError, IncompatibleError, LoadError, UsageError
+from l2m_rag.errors import CollectionNotFound, CorruptError, IncompatibleError, L2MError, LoadError, UsageError
 from l2m_rag.weights import DEFAULT_DECODER, DEFAULT_EMBEDDER, find
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from l2m_rag.endpoint import Endpoint
     from l2m_rag.generate import Decoder
     from l2m_rag.indexers.embedding import Embedder
     from l2m_rag.indexers.pipeline import IngestReport, Limits, Progress, Work
-    from l2m_rag.memory_tiers.long_term import Fusion, LongTermTier, Mode
+    from l2m_rag.memory_tiers.long_term import Fusion, LongTermTier, Manifest, Mode
     from l2m_rag.memory_tiers.records import DocumentRow, Passage
 
-_EXPORT = ("manifest.json", "documents.arrow", "chunks.arrow", "checksums.json")  # the only members ever read
+logger = logging.getLogger(__name__)
+
+_EXPORT = ("manifest.json", "documents.arrow", "chunks.arrow", "checksums.json")  # the only members
+_MAX_DIMENSION = 65_536
+_ABANDONED = 86_400.0  # seconds after which a half-made import is taken for left behind
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +107,7 @@ class Collection:
         self.path = folder
         self.settings = settings
         self._tier: LongTermTier | None = None
+        self._opened: tuple[int, int] | None = None  # the manifest that the tier was opened with
 
     # -- in ----------------------------------------------------------------------------------------------------------
     def ingest(
@@ -129,13 +139,15 @@ class Collection:
 
         limits = self._limits(workers)
         if dry_run:
-            tier = self._open() if self.exists() else None
+            tier = self.tier() if self.exists() else None
             work = pipeline.plan(paths, tier.store if tier else None, limits, glob=glob, prune=prune)
             return _foretell(self.name, work, tier.store.documents() if tier else {})
         if not self.exists() and not pipeline.plan(paths, None, limits, glob=glob).todo:
             return pipeline.IngestReport(self.name)  # nothing to read: no collection is made for it
+        if not self.exists():
+            load_embedder(self.settings)  # one that cannot be loaded leaves no folder
         with writing(self.path):
-            tier = self._open() if self.exists() else self._create()
+            tier = self.tier() if self.exists() else self._create()
             tier.store.refresh()
             work = pipeline.plan(paths, tier.store, limits, glob=glob, prune=prune)
             return pipeline.ingest(self.name, work, tier, self._embedder, limits, progress)
@@ -164,7 +176,8 @@ class Collection:
             UsageError: the text is blank, or the filter cannot be used.
         """
         qa.check_question(text)
-        tier = self._open()
+        text = text.encode("utf-8", "replace").decode()  # bytes of a command line may stand in it as lone surrogates
+        tier = self.tier()
         vector = None if mode == "text" else self._embedder().encode([text])[0]
         return tier.search(text, vector, k, mode=mode, where=where, fusion=fusion)
 
@@ -174,6 +187,7 @@ class Collection:
         *,
         free: bool = False,
         where: str | None = None,
+        abstain_below: float | None = None,
         history: Sequence[tuple[str, str]] = (),
         on_text: Callable[[str], object] | None = None,
     ) -> qa.Answer:
@@ -183,6 +197,7 @@ class Collection:
             question: the question.
             free: let the model use its own words instead of quoting.
             where: filter on what may be read, as in `search`.
+            abstain_below: probability below which no answer is given; default from the settings.
             history: (question, answer) of the turns before, oldest first.
             on_text: called with each piece of the answer as soon as it is certain.
 
@@ -191,26 +206,47 @@ class Collection:
             UsageError: the question cannot be asked.
         """
         qa.check_question(question)
-        self._open()
+        self.tier()
         return qa.answer(
             question,
             lambda text, k: self.search(text[: qa.LONGEST_QUESTION], k, where=where),
-            _language_model(self.settings),
+            load_language_model(self.settings),
             passages=self.settings.passages,
             budget=self.settings.budget,
-            abstain_below=self.settings.abstain_below,
+            focus=self.settings.focus,
+            closeness=self.closeness,
+            abstain_below=self.settings.abstain_below if abstain_below is None else abstain_below,
             free=free,
             history=history,
             on_text=on_text,
         )
 
+    def closeness(self, question: str, texts: Sequence[str]) -> list[float]:
+        """Give the cosine of a question with each of some texts."""
+        vectors = self._embedder().encode([question, *texts])
+        return [float(cosine) for cosine in vectors[1:] @ vectors[0]]
+
+    def text(self, document: str) -> str:
+        """Give the text of a document, each character at its offset; white space between chunks becomes line breaks.
+
+        Raises:
+            UsageError: the collection has no text of such a document.
+        """
+        chunks = self._newest().store.chunks_of(document)
+        if not chunks:
+            raise UsageError(f"collection {self.name!r} has no text of a document {document!r}")
+        letters = ["\n"] * max(chunk.end for chunk in chunks)
+        for chunk in chunks:
+            letters[chunk.start : chunk.end] = chunk.text
+        return "".join(letters)
+
     def documents(self) -> list[DocumentRow]:
         """Give a row for every document and for every file that could not be read, by id."""
-        return sorted(self._open().store.documents().values(), key=lambda row: row.id)
+        return sorted(self._newest().store.documents().values(), key=lambda row: row.id)
 
     def info(self) -> CollectionInfo:
         """Say what the collection holds."""
-        tier = self._open()
+        tier = self._newest()
         rows = tier.store.documents().values()
         return CollectionInfo(
             name=self.name,
@@ -218,7 +254,7 @@ class Collection:
             documents=sum(1 for row in rows if not row.error),
             failed=sum(1 for row in rows if row.error),
             chunks=tier.store.count_chunks(),
-            bytes=sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file()),
+            bytes=_size(self.path),
             embedder=tier.manifest.embedder,
             dimension=tier.manifest.dimension,
             format=tier.manifest.format,
@@ -233,42 +269,48 @@ class Collection:
 
     def delete(self) -> None:
         """Delete the collection and all that it holds."""
-        from l2m_rag.memory_tiers.long_term import read_manifest, writing
+        from l2m_rag.memory_tiers.long_term import writing
 
         with writing(self._existing()):
-            with suppress(CorruptError):  # a damaged collection can be deleted too
-                read_manifest(self.path)
             grave = Path(tempfile.mkdtemp(prefix=".deleted-", dir=self.path.parent))
             self.path.rename(grave / "collection")
         self._tier = None
-        shutil.rmtree(grave)
+        for left in self.path.parent.glob(".deleted-*"):  # those too that a killed run has left
+            shutil.rmtree(left, ignore_errors=True)
 
     def rename(self, name: str) -> Collection:
         """Give the collection another name.
 
         Raises:
+            CollectionNotFound: there is no such collection.
             UsageError: the name cannot be used, or is taken.
         """
-        from l2m_rag.memory_tiers.long_term import writing
+        from l2m_rag.memory_tiers.long_term import read_manifest, writing
 
         target = self.path.with_name(check_name(name))
         if target.exists():
             raise UsageError(f"there is a collection {name!r} already; delete it first or choose another name")
+        read_manifest(self.path)
         with writing(self._existing()):
             self.path.rename(target)
+            (target / "writer.json").unlink(missing_ok=True)
         self._tier = None
         return Collection(name, target, self.settings)
 
     def verify(self) -> VerifyReport:
-        """Check every stored row: checksums, and that documents and chunks add up."""
-        tier = self._open()
-        rows = tier.store.documents()
-        counts = tier.store.chunks_per_document()
-        problems = [f"chunk {identity}: its text or embedding has been altered" for identity in tier.store.damaged()]
-        for name in sorted(rows.keys() | counts.keys()):
-            expected = rows[name].chunks if name in rows else 0
-            if counts.get(name, 0) != expected:
-                problems.append(f"{name}: {counts.get(name, 0)} chunks are stored, {expected} are expected")
+        """Check every stored row: checksums, and that documents and chunks add up.
+
+        Raises:
+            CorruptError: the tables cannot be read at all.
+        """
+        store = self._newest().store
+        rows = store.documents()
+        counts = store.chunks_per_document()
+        problems = [f"chunk {identity}: what is stored of it has been altered" for identity in store.damaged()]
+        problems += [
+            f"{name}: {counts.get(name, 0)} chunks are stored, {rows[name].chunks if name in rows else 0} are expected"
+            for name in _incomplete(rows, counts)
+        ]
         return VerifyReport(not problems, problems, len(rows), sum(counts.values()))
 
     def repair(self) -> list[str]:
@@ -277,27 +319,22 @@ class Collection:
 
         done: list[str] = []
         with writing(self._existing()):
-            tier = self._open()
+            tier = self._newest()
             damaged = tier.store.damaged()
             if damaged:
                 tier.store.delete_chunks(damaged)
                 done.append(f"removed {len(damaged)} damaged chunks")
-            rows = tier.store.documents()
-            counts = tier.store.chunks_per_document()
-            wrong = [
-                name
-                for name in sorted(rows.keys() | counts.keys())
-                if counts.get(name, 0) != (rows[name].chunks if name in rows else 0)
-            ]
+            wrong = _incomplete(tier.store.documents(), tier.store.chunks_per_document())
             if wrong:
                 tier.store.remove_documents(wrong)
                 done.append(
                     f"removed {len(wrong)} incomplete documents; ingest again to bring them back: "
                     + ", ".join(wrong[:5])
                 )
+            tier.store.rebuild_text_index()
             shutil.rmtree(self.path / "hot", ignore_errors=True)
             tier.hot_index()
-            done.append("built the hot index again")
+            done.append("built the search indexes again")
         return done
 
     def optimize(self) -> dict[str, int]:
@@ -305,7 +342,7 @@ class Collection:
         from l2m_rag.memory_tiers.long_term import writing
 
         with writing(self._existing()):
-            tier = self._open()
+            tier = self._newest()
             before = self.info().bytes
             tier.store.optimize()
             shutil.rmtree(self.path / "hot", ignore_errors=True)
@@ -316,18 +353,21 @@ class Collection:
         """Bring the collection to the present format, and say what was done."""
         from l2m_rag.memory_tiers.long_term import FORMAT
 
-        manifest = self._open().manifest
+        manifest = self.tier().manifest
         return f"collection {self.name!r} has format {manifest.format}, the present one is {FORMAT}; nothing to do"
 
     def export(self, path: Path) -> Path:
-        """Write the collection to one archive, whole or not at all: a zip of Arrow files and JSON with checksums."""
+        """Write the collection to one archive, whole or not at all: a zip of Arrow files and JSON with checksums.
+
+        Raises:
+            LockedError: another process is writing to the collection.
+        """
         import pyarrow as pa
 
-        tier = self._open()
         scratch = path.with_name(f".{path.name}.{os.getpid()}")
         digests: dict[str, str] = {}
         try:
-            with zipfile.ZipFile(scratch, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            with self._at_rest() as tier, zipfile.ZipFile(scratch, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
                 members = {"manifest.json": json.dumps(asdict(tier.manifest)).encode()}
                 for name, table in tier.store.to_arrow().items():
                     sink = pa.BufferOutputStream()
@@ -346,6 +386,25 @@ class Collection:
         return path
 
     # -- inside ------------------------------------------------------------------------------------------------------
+    @contextmanager
+    def _at_rest(self) -> Iterator[LongTermTier]:
+        """Keep writers out, so that both tables are of one moment; nobody writes where the disk takes nothing."""
+        from l2m_rag.memory_tiers.long_term import writing
+
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(writing(self._existing()))
+            except OSError as error:
+                if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+                    raise
+            yield self._newest()
+
+    def _newest(self) -> LongTermTier:
+        """Give the tier at the newest version, which another process may have written."""
+        tier = self.tier()
+        tier.store.refresh()
+        return tier
+
     def _existing(self) -> Path:
         if not self.path.is_dir():
             raise CollectionNotFound(
@@ -353,10 +412,19 @@ class Collection:
             )
         return self.path
 
-    def _open(self) -> LongTermTier:
+    def tier(self) -> LongTermTier:
+        """Give the long-term tier, opened once, and again when another process has made the collection anew.
+
+        Raises:
+            CollectionNotFound: there is no such collection.
+            IncompatibleError: it was made with another embedder, or by a newer version.
+            CorruptError: it cannot be read.
+        """
         from l2m_rag.memory_tiers.long_term import LongTermTier
 
-        if self._tier is None:
+        manifest = _identity(self.path / "manifest.json")
+        if self._tier is None or self._opened != manifest:
+            self._tier = None
             tier = LongTermTier(self.path)
             wanted = DEFAULT_EMBEDDER if self.settings.embedder == "default" else self.settings.embedder
             if tier.manifest.embedder != wanted:
@@ -364,14 +432,14 @@ class Collection:
                     f"collection {self.name!r} was made with the embedder {tier.manifest.embedder!r}; the settings say "
                     f"{wanted!r}. Set embedder = {tier.manifest.embedder!r}, or ingest into a new collection"
                 )
-            self._tier = tier
+            self._tier, self._opened = tier, manifest
         return self._tier
 
     def _create(self) -> LongTermTier:
         from l2m_rag.memory_tiers.long_term import Manifest, create_tier
 
-        embedder = _embedder(self.settings)
-        self._tier = create_tier(
+        embedder = load_embedder(self.settings)
+        create_tier(
             self.path,
             Manifest(
                 embedder=embedder.name,
@@ -380,12 +448,12 @@ class Collection:
                 created_at=time.time(),
             ),
         )
-        return self._tier
+        return self.tier()
 
     def _embedder(self) -> Embedder:
         """Give the embedder, checked against the one that made the collection."""
-        embedder = _embedder(self.settings)
-        made = self._open().manifest
+        embedder = load_embedder(self.settings)
+        made = self.tier().manifest
         if (embedder.fingerprint, embedder.dimension) != (made.fingerprint, made.dimension):
             raise IncompatibleError(
                 f"collection {self.name!r} was made with other weights of {made.embedder!r} ({made.fingerprint}, "
@@ -420,7 +488,13 @@ def list_collections(settings: Settings | None = None) -> list[CollectionInfo]:
     """Say of every collection what it holds, by name."""
     settings = settings or load_settings()[0]
     manifests = sorted((settings.home / "collections").glob("*/manifest.json"))
-    return [_bare(path.parent, settings).info() for path in manifests]
+    found = []
+    for path in manifests:
+        try:
+            found.append(_bare(path.parent, settings).info())
+        except (CorruptError, IncompatibleError, CollectionNotFound) as error:  # the others are listed all the same
+            logger.warning("%s", error)
+    return found
 
 
 def ask_files(
@@ -459,31 +533,102 @@ def import_collection(archive: Path, name: str, settings: Settings | None = None
     """
     import pyarrow as pa
 
-    from l2m_rag.memory_tiers.long_term import Manifest, create_tier, writing
+    from l2m_rag.memory_tiers.long_term import create_tier
 
     collection = open(name, settings=settings)
     if collection.exists():
         raise UsageError(f"there is a collection {name!r} already; delete it first or choose another name")
+    target = collection.path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for left in target.parent.glob(".import-*"):
+        if time.time() - left.stat().st_mtime > _ABANDONED:
+            shutil.rmtree(left, ignore_errors=True)
+    # it is made aside and moved into place, so that it is there whole or not at all
+    scratch = Path(tempfile.mkdtemp(prefix=".import-", dir=target.parent))
+    try:
+        manifest, documents, chunks = _unpack(archive)
+        tier = create_tier(scratch / "collection", manifest)
+        tier.store.add_arrow(documents, chunks)
+        if tier.store.damaged():
+            raise CorruptError("what is stored of some chunks has been altered")
+        tier.store.index_text()
+        (scratch / "collection").rename(target)
+    except (CorruptError, zipfile.BadZipFile, EOFError, KeyError, ValueError, TypeError, pa.ArrowException) as error:
+        if isinstance(error, L2MError) and not isinstance(error, CorruptError):
+            raise
+        raise CorruptError(f"{archive} is not an export of a collection, or was altered ({error})") from error
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise UsageError(f"there is a folder {target} already; delete it or choose another name") from error
+        raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return collection
+
+
+def _unpack(archive: Path) -> tuple[Manifest, pa.Table, pa.Table]:
+    """Read and check an export: its manifest, documents and chunks."""
+    import pyarrow as pa
+
+    from l2m_rag.memory_tiers.long_term import FORMAT, Manifest
+
+    members = _members(archive)
+    digests = json.loads(members.pop("checksums.json"))
+    for member, content in members.items():
+        if hashlib.sha256(content).hexdigest() != digests[member]:
+            raise CorruptError(f"{member} has another checksum")
+    found = json.loads(members["manifest.json"])
+    if int(found["format"]) > FORMAT:
+        raise IncompatibleError(
+            f"{archive} has format {found['format']}; this version reads up to {FORMAT}. Upgrade l2m-rag"
+        )
+    manifest = Manifest(**found)
+    if type(manifest.dimension) is not int or not 0 < manifest.dimension <= _MAX_DIMENSION:
+        raise CorruptError(f"its vectors have {manifest.dimension!r} dimensions")
+    tables = (pa.ipc.open_file(members[f"{table}.arrow"]).read_all() for table in ("documents", "chunks"))
+    return manifest, *tables
+
+
+def _members(archive: Path) -> dict[str, bytes]:
     try:
         with zipfile.ZipFile(archive) as source:
-            members = {member: source.read(member) for member in _EXPORT}
-        digests = json.loads(members.pop("checksums.json"))
-        altered = [
-            member for member, content in members.items() if hashlib.sha256(content).hexdigest() != digests[member]
-        ]
-        if altered:
-            raise CorruptError(f"{archive}: {', '.join(altered)} has been altered; export the collection again")
-        manifest = Manifest(**json.loads(members["manifest.json"]))
-        documents, chunks = (
-            pa.ipc.open_file(members[f"{table}.arrow"]).read_all() for table in ("documents", "chunks")
-        )
-    except (zipfile.BadZipFile, KeyError, ValueError, TypeError, pa.ArrowException) as error:
-        raise CorruptError(f"{archive} is not an export of a collection ({error})") from error
-    with writing(collection.path):
-        tier = create_tier(collection.path, manifest)
-        tier.store.add_arrow(documents, chunks)
-        tier.store.index_text()
-    return collection
+            entries = source.infolist()
+            if sorted(entry.filename for entry in entries) != sorted(_EXPORT):
+                raise CorruptError("its members are not those of an export")
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise CorruptError("its members are packed, as those of an export never are")
+            return {entry.filename: source.read(entry) for entry in entries}
+    except (RuntimeError, struct.error) as error:  # a password, a version or a method that zipfile does not know
+        raise CorruptError(str(error)) from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise CorruptError("its members lie outside of it") from error
+
+
+def _incomplete(rows: dict[str, DocumentRow], counts: dict[str, int]) -> list[str]:
+    """Give the documents of which other chunks are stored than their rows say."""
+    names = sorted(rows.keys() | counts.keys())
+    return [name for name in names if counts.get(name, 0) != (rows[name].chunks if name in rows else 0)]
+
+
+def _identity(file: Path) -> tuple[int, int] | None:
+    """Give what tells a file from one that is put in its place, or None when there is none."""
+    try:
+        status = os.stat(file)
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def _size(folder: Path) -> int:
+    """Give the bytes of the files below a folder, some of which may vanish meanwhile."""
+    total = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += os.stat(os.path.join(root, name)).st_size
+    return total
 
 
 def _bare(folder: Path, settings: Settings) -> Collection:
@@ -498,7 +643,7 @@ def _foretell(name: str, work: Work, documents: dict[str, DocumentRow]) -> Inges
     from l2m_rag.indexers.pipeline import Failure, IngestReport
 
     report = IngestReport(name, unchanged=work.unchanged, failed=list(work.known_bad), dry_run=True)
-    report.removed = sum(1 for identity in work.gone if identity in documents)
+    report.removed = sum(1 for identity in work.gone if identity in documents and not documents[identity].error)
     for file in work.todo:
         if file.error:
             report.failed.append(Failure(file.id, file.error.reason, file.error.detail))
@@ -509,13 +654,15 @@ def _foretell(name: str, work: Work, documents: dict[str, DocumentRow]) -> Inges
     return report
 
 
-def _embedder(settings: Settings) -> Embedder:
+def load_embedder(settings: Settings) -> Embedder:
+    """Give the embedder that the settings name, loaded once."""
     if settings.embedder == "default":
         return _load_embedder(str(find(DEFAULT_EMBEDDER, settings)), DEFAULT_EMBEDDER, settings.threads)
     return _load_embedder(settings.embedder, settings.embedder, settings.threads)
 
 
-def _language_model(settings: Settings) -> Decoder | Endpoint:
+def load_language_model(settings: Settings) -> Decoder | Endpoint:
+    """Give the language model that the settings name, loaded once."""
     if settings.llm_url:
         return _load_endpoint(settings.llm_url, settings.llm_model, settings.llm_key)
     if settings.model == "default":

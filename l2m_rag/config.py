@@ -119,6 +119,9 @@ class Settings:
     budget: int = 768
     """Positions (tokens of the language model) of evidence read for an answer."""
 
+    focus: int = 3
+    """Sentences of that evidence that an answer is quoted from, those that fit the question best."""
+
     threads: int = 0
     """CPU threads; 0 for all."""
 
@@ -271,6 +274,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "file_max_bytes": _at_least(1),
     "passages": _at_least(1),
     "budget": _at_least(1),
+    "focus": _at_least(1),
     "threads": _at_least(0),
     "abstain_below": (lambda p: 0 <= p <= 1, "between 0 and 1"),
 }

@@ -258,7 +258,7 @@ def convert_gguf(source: Path, folder: Path) -> None:
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "max_position_embeddings": int(meta["llama.context_length"]),
-        "rms_norm_eps": 1e-05,
+        "rms_norm_eps": float(meta["llama.attention.layer_norm_rms_epsilon"]),
         "rope_theta": float(meta["llama.rope.freq_base"]),
         "rope_parameters": {"rope_type": "default", "rope_theta": float(meta["llama.rope.freq_base"])},
         "hidden_act": "silu",

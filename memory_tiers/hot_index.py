@@ -1,10 +1,10 @@
 """The hot index: dense search in memory over the embeddings of a collection.
 
 It is a disposable cache of the Lance table, keyed by table version and embedder, and never trusted over the
-table: its files carry checksums, and one that does not fit is built again. Up to 50,000 rows the search is exact
+table: its files carry checksums, and one that does not fit is built again. Below 50,000 rows the search is exact
 (FAISS, fp16 flat); above, FAISS IVF with 8-bit codes finds candidates that are scored again from fp16. Rows written
 since the index was built are searched exactly, rows deleted since are passed over, until so many have changed that
-it is built anew.
+it is built anew. Rows of equal score are ordered by row id, so that no chance decides among copies of a text.
 """
 
 from __future__ import annotations
@@ -15,22 +15,30 @@ import logging
 import os
 import shutil
 import tempfile
+import time
+from contextlib import ExitStack
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 import faiss as _faiss
 import numpy as np
 
+from l2m_rag.errors import UsageError
 from l2m_rag.memory_tiers.lance_store import LanceStore, RowIds, Scores, Vector, Vectors
 
 faiss: Any = _faiss  # its stubs lack the keyword arguments of its search parameters
 logger = logging.getLogger(__name__)
 
+Mask = np.ndarray[tuple[int], np.dtype[np.bool_]]
+
 EXACT_BELOW = 50_000  # rows: an exact fp16 scan takes at most about 1.4 ms up to here
-_PROBES = 32
+PROBES = 32
 _TRAIN_PER_LIST = 64  # FAISS asks for at least 39 training vectors a list
-_FORMAT = 1
+_FORMAT = 2
+_TIE = 1e-5  # scores that differ by less may be those of equal vectors
+ABANDONED = 600.0  # seconds after which a scratch folder is taken for left behind
 _LIMITS = {"set_deserialization_vector_byte_limit": 1 << 36, "set_deserialization_loop_limit": 1 << 24}
 
 
@@ -39,7 +47,8 @@ class HotIndex:
     """Row ids, their vectors, and what FAISS has made of the first of them.
 
     Args:
-        row_ids: (N,) int64, row i of `vectors` is this row of the Lance table; the first `indexed` ascend.
+        row_ids: (N,) int64, row i of `vectors` is this row of the Lance table; the first `indexed` ascend,
+            and so do those behind.
         vectors: (N, E) float16, unit length.
         index: FAISS index over the first `indexed` rows.
         indexed: number of rows inside `index`; those behind are searched exactly.
@@ -50,7 +59,7 @@ class HotIndex:
     vectors: np.ndarray[tuple[int, int], np.dtype[np.float16]]
     index: Any
     indexed: int
-    alive: np.ndarray[tuple[int], np.dtype[np.bool_]]
+    alive: Mask
 
     def __len__(self) -> int:
         return int(self.alive.sum())
@@ -63,47 +72,67 @@ class HotIndex:
             k: at most this many; >= 1.
             allowed: ascending row ids to which the search is confined, or None for all.
         """
+        if not np.isfinite(query).all():
+            raise UsageError("the vector to search for has entries that are not numbers")
         keep = self.alive if allowed is None else self.alive & np.isin(self.row_ids, allowed, assume_unique=True)
-        every = allowed is None and bool(keep.all())
-        wanted = min(k if self._exact() else 4 * k, self.indexed)
-        rows = np.arange(self.indexed, len(self.row_ids))
-        if wanted:
-            parameters = self._parameters(keep[: self.indexed], every)
-            _, found = self.index.search(query.reshape(1, -1).astype(np.float32), wanted, params=parameters)
-            rows = np.concatenate([found[0][found[0] >= 0], rows])
-        if not every:
-            rows = rows[keep[rows]]
+        found = self._candidates(query, k, keep)
+        rows = np.concatenate([found, self.indexed + np.flatnonzero(keep[self.indexed :])])
+        if len(rows) > 4 * k + 1:  # many rows of late, or many equals: a rough look leaves few to score
+            rough = self.vectors[rows].astype(np.float32) @ query
+            rows = rows[rough >= np.partition(rough, -k)[-k] - _TIE]
         scores = self._score(rows, query)
-        best = np.argsort(-scores, kind="stable")[:k]
+        best = np.lexsort((self.row_ids[rows], -scores))[:k]
         return self.row_ids[rows[best]], scores[best]
+
+    def _candidates(self, query: Vector, k: int, keep: Mask) -> RowIds:
+        """Give the rows of `index` among which the k best that are kept are found."""
+        kept = keep[: self.indexed]
+        count = int(kept.sum())
+        if self.exact:
+            rows, scores = self._ask(query, min(k + 1, count), kept)
+            if len(rows) > k and scores[k - 1] - scores[k] < _TIE:  # which of the equals come first is for us to say
+                return np.flatnonzero(kept)
+            return rows
+        wanted = min(4 * k, count)
+        # as many lists as hold the candidates twice over; a filter that leaves few rows spreads them over more lists
+        lists = max(PROBES, 2 * wanted * self.index.nlist // self.indexed) * self.indexed // max(count, 1)
+        rows, _ = self._ask(query, wanted, kept, min(lists, self.index.nlist))
+        if len(rows) < wanted:  # those that are left lie far from the query
+            rows, _ = self._ask(query, wanted, kept, self.index.nlist)
+        return rows
+
+    def _ask(self, query: Vector, wanted: int, kept: Mask, lists: int = 0) -> tuple[RowIds, Scores]:
+        """Let FAISS find the nearest rows that are kept, looking into a number of lists."""
+        if not wanted:
+            return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)
+        selector = None if kept.all() else faiss.IDSelectorBitmap(np.packbits(kept, bitorder="little"))
+        parameters = (
+            faiss.SearchParameters(sel=selector)
+            if self.exact
+            else faiss.SearchParametersIVF(sel=selector, nprobe=lists)
+        )
+        scores, rows = self.index.search(query.reshape(1, -1).astype(np.float32), wanted, params=parameters)
+        return rows[0][rows[0] >= 0], scores[0][rows[0] >= 0]
 
     def cosines(self, row_ids: RowIds, query: Vector) -> Scores:
         """Give the cosine of a query with each of some rows; NaN for a row that is not here."""
-        order = np.argsort(self.row_ids, kind="stable") if len(self.row_ids) > self.indexed else None
-        at = np.searchsorted(self.row_ids, row_ids, sorter=order)
-        at = np.minimum(at, max(len(self.row_ids) - 1, 0))
-        rows = at if order is None else order[at]
         scores = np.full(len(row_ids), np.nan, dtype=np.float32)
-        if len(self.row_ids):
-            here = self.row_ids[rows] == row_ids
-            scores[here] = self._score(rows[here], query)
+        for start, part in ((0, self.row_ids[: self.indexed]), (self.indexed, self.row_ids[self.indexed :])):
+            if len(part):
+                at = np.minimum(np.searchsorted(part, row_ids), len(part) - 1)
+                here = part[at] == row_ids
+                scores[here] = self._score(start + at[here], query)
         return scores
 
-    def _exact(self) -> bool:
+    @property
+    def exact(self) -> bool:
+        """Whether every row is looked at (no inverted lists)."""
         return not hasattr(self.index, "nprobe")
 
-    def _parameters(self, keep: np.ndarray[Any, np.dtype[np.bool_]], every: bool) -> Any:
-        if every:
-            return None if self._exact() else faiss.SearchParametersIVF(nprobe=_PROBES)
-        selector = faiss.IDSelectorBitmap(np.packbits(keep, bitorder="little"))
-        if self._exact():
-            return faiss.SearchParameters(sel=selector)
-        # a filter may leave only rows far from the query: the fewer it keeps, the more lists are looked at
-        share = max(float(keep.mean()), 1e-6)
-        return faiss.SearchParametersIVF(sel=selector, nprobe=min(self.index.nlist, int(_PROBES / share) + 1))
-
-    def _score(self, rows: Any, query: Vector) -> Scores:
-        return np.asarray(self.vectors[rows].astype(np.float32) @ query, dtype=np.float32)
+    def _score(self, rows: RowIds, query: Vector) -> Scores:
+        """Give the cosine of rows; equal vectors have equal scores, which a matrix product does not promise."""
+        scores: Scores = np.einsum("ij,j->i", self.vectors[rows].astype(np.float32), query.astype(np.float32))
+        return scores
 
 
 def open_hot_index(folder: Path, store: LanceStore, embedder: str) -> HotIndex:
@@ -116,23 +145,33 @@ def open_hot_index(folder: Path, store: LanceStore, embedder: str) -> HotIndex:
     """
     version = store.version
     cached = _load(folder, embedder, store.dimension)
-    if cached is not None and cached[1] == version:
-        return cached[0]
     if cached is not None:
-        index = _catch_up(cached[0], store.row_ids(), store)
-        if index is not None:
+        index, key = cached
+        made_of, stamp = int(key["version"]), store.stamp(key["version"])
+        if made_of == version and stamp == key["stamp"]:
             return index
+        # a version that was cleaned up has no stamp any more
+        if made_of < version and stamp in (key["stamp"], None) and key["commits_lost"] == store.commits_lost:
+            caught_up = _catch_up(index, made_of, store)
+            if caught_up is not None:
+                return caught_up
     index = _build(store)
-    _save(index, folder, embedder, version)
+    state = {"version": version, "stamp": store.stamp(version), "commits_lost": store.commits_lost}
+    _save(index, folder, {"format": _FORMAT, "embedder": embedder, **state})
     return index
 
 
-def _catch_up(index: HotIndex, now: RowIds, store: LanceStore) -> HotIndex | None:
-    """Add the rows written and mark the rows deleted since the cache was made; None when too many have changed."""
+def _catch_up(index: HotIndex, made_of: int, store: LanceStore) -> HotIndex | None:
+    """Add the rows written and mark the rows deleted since a version; None when too many have changed."""
+    now = store.row_ids()
     added = np.setdiff1d(now, index.row_ids, assume_unique=True)
     alive = np.isin(index.row_ids, now, assume_unique=True)
-    changed = len(added) + int((~alive).sum())
-    if changed > max(1000, len(index.row_ids) // 10):
+    written = np.setdiff1d(store.changed_since(made_of), added, assume_unique=True)
+    if len(added) + len(written) + int((~alive).sum()) > max(1000, len(index.row_ids) // 10):
+        return None
+    # a row that was written again has mostly got another number in its document, and its old embedding
+    at = np.searchsorted(index.row_ids, written)
+    if len(written) and not np.array_equal(store.vectors(written).astype(np.float16), index.vectors[at]):
         return None
     vectors = index.vectors
     if len(added):
@@ -179,10 +218,11 @@ def _float32(vectors: np.ndarray[Any, np.dtype[np.float16]]) -> Vectors:
     return np.ascontiguousarray(vectors, dtype=np.float32)
 
 
-def _save(index: HotIndex, folder: Path, embedder: str, version: int) -> None:
+def _save(index: HotIndex, folder: Path, key: dict[str, Any]) -> None:
     """Write the cache beside its place and move it in; a disk that cannot be written leaves no cache, and no error."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(folder)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError as error:
         logger.info("no hot index is kept in %s: %s", folder, error)
@@ -192,15 +232,12 @@ def _save(index: HotIndex, folder: Path, embedder: str, version: int) -> None:
         index.vectors.tofile(scratch / "vectors.f16")
         if hasattr(index.index, "nprobe"):
             faiss.write_index(index.index, str(scratch / "ivf.faiss"))
-        files = {path.name: _sha256(path) for path in sorted(scratch.iterdir())}
-        sidecar = {
-            "format": _FORMAT,
-            "embedder": embedder,
-            "version": version,
-            "rows": len(index.row_ids),
-            "files": files,
-        }
-        (scratch / "cache.json").write_text(json.dumps(sidecar))
+        files = {}
+        for path in sorted(scratch.iterdir()):
+            with path.open("rb") as stream:
+                files[path.name] = _sha256(stream)
+        key = {**key, "files": files}
+        (scratch / "cache.json").write_text(json.dumps({**key, "digest": _digest(key)}))
         old = scratch.with_suffix(".old")
         if folder.exists():
             folder.rename(old)
@@ -212,38 +249,53 @@ def _save(index: HotIndex, folder: Path, embedder: str, version: int) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _load(folder: Path, embedder: str, dimension: int) -> tuple[HotIndex, int] | None:
-    """Read the cache and the table version it was made from; None when missing, damaged or another embedder's."""
+def _sweep(folder: Path) -> None:
+    """Remove what processes that were killed while they saved have left."""
+    for left in folder.parent.glob(f".{folder.name}-*"):
+        if time.time() - left.stat().st_mtime > ABANDONED:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _load(folder: Path, embedder: str, dimension: int) -> tuple[HotIndex, dict[str, Any]] | None:
+    """Read the cache and the state of the table that it was made of; None when there is none that fits."""
     try:
-        sidecar = json.loads((folder / "cache.json").read_text())
-        if sidecar["format"] != _FORMAT or sidecar["embedder"] != embedder:
+        key = json.loads((folder / "cache.json").read_text())
+        intact = key.pop("digest") == _digest(key)
+        if intact and (key["format"] != _FORMAT or key["embedder"] != embedder):
             return None
-        if any(_sha256(folder / name) != digest for name, digest in sidecar["files"].items()):
-            logger.warning("the hot index in %s is damaged and is built again", folder)
-            return None
-        row_ids = np.fromfile(folder / "rows.i64", dtype=np.int64)
-        count = len(row_ids)
-        vectors: Any = np.zeros((0, dimension), dtype=np.float16)
-        if count:
-            vectors = np.memmap(folder / "vectors.f16", dtype=np.float16, mode="r", shape=(count, dimension))
-        if "ivf.faiss" in sidecar["files"]:
-            for limit, value in _LIMITS.items():
-                getattr(faiss, limit)(value)
-            index = faiss.read_index(str(folder / "ivf.faiss"))
-        else:
-            index = _faiss_index(vectors)
+        with ExitStack() as stack:  # opened once, so that what was checked is what is read, also if it is replaced
+            streams = {name: stack.enter_context((folder / name).open("rb")) for name in key["files"]}
+            if not intact or any(_sha256(streams[name]) != digest for name, digest in key["files"].items()):
+                logger.warning("the hot index in %s is damaged and is built again", folder)
+                return None
+            for stream in streams.values():
+                stream.seek(0)
+            row_ids = np.fromfile(streams["rows.i64"], dtype=np.int64)
+            count = len(row_ids)
+            vectors: Any = np.zeros((0, dimension), dtype=np.float16)
+            if count:
+                vectors = np.memmap(streams["vectors.f16"], dtype=np.float16, mode="r", shape=(count, dimension))
+            if "ivf.faiss" in streams:
+                for limit, value in _LIMITS.items():
+                    getattr(faiss, limit)(value)
+                index = faiss.read_index(faiss.PyCallbackIOReader(streams["ivf.faiss"].read))
+            else:
+                index = _faiss_index(vectors)
         if index.ntotal != count or index.d != dimension:
             return None
-        return HotIndex(row_ids, vectors, index, count, np.ones(count, dtype=np.bool_)), int(sidecar["version"])
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        return HotIndex(row_ids, vectors, index, count, np.ones(count, dtype=np.bool_)), key
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         if folder.exists():
             logger.warning("the hot index in %s cannot be read and is built again: %s", folder, error)
         return None
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _digest(key: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(stream: BufferedReader) -> str:
+    return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def loaded_faiss() -> str:

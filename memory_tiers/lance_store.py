@@ -2,37 +2,47 @@
 
 Nothing outside this file imports lancedb. Lance writes whole new files and then one manifest, so a killed process
 leaves the last commit; upserts go through `merge_insert` on a declared primary key, without which two racing writers
-leave duplicate rows.
+leave duplicate rows. Lance never calls fsync: here a commit is not over before its files are on the disk, and a newest
+manifest that a power cut left without its content is set aside when the tables are opened.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
+import math
 import os
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from datetime import timedelta
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-os.environ.setdefault("LANCE_LOG", "error")  # Lance warns on stderr of its own deprecations otherwise
+os.environ.setdefault("LANCEDB_LOG", "error")  # Lance warns on stderr of its own deprecations otherwise
 
 import lancedb
 import pyarrow as pa
 from lancedb.index import FTS
 from lancedb.query import MatchQuery
 
-from l2m_rag.errors import CorruptError, UsageError
-from l2m_rag.memory_tiers.records import Chunk, DocumentRow
+from l2m_rag.errors import CorruptError, L2MError, UsageError
+from l2m_rag.memory_tiers.records import Chunk, DocumentRow, Scalar
+
+logger = logging.getLogger(__name__)
 
 Vectors = np.ndarray[tuple[int, int], np.dtype[np.float32]]
 Vector = np.ndarray[Any, np.dtype[np.float32]]
 RowIds = np.ndarray[tuple[int], np.dtype[np.int64]]
 Scores = np.ndarray[tuple[int], np.dtype[np.float32]]
+
+T = TypeVar("T")
 
 _DOCUMENTS = pa.schema(
     [
@@ -51,6 +61,7 @@ _DOCUMENTS = pa.schema(
         ("error", pa.string()),
     ]
 )
+_TABLES = ("documents", "chunks")
 _CHUNK_COLUMNS = ["id", "document", "ordinal", "page", "heading", "start", "end", "text", "metadata"]
 _IN_LIST = 500  # names a filter may list: DataFusion plans long lists slowly
 
@@ -90,12 +101,15 @@ class LanceStore:
         self.dimension = dimension
         # row ids that survive compaction are what lets the hot index refer to rows
         self._database = lancedb.connect(str(folder), storage_options={"new_table_enable_stable_row_ids": "true"})
+        self._on_disk: set[str] = set()  # files that are known to have reached it
         if create:
-            for name, schema in (("documents", _DOCUMENTS), ("chunks", _chunks_schema(dimension))):
+            for name, schema in zip(_TABLES, (_DOCUMENTS, _chunks_schema(dimension)), strict=True):
                 table = self._database.create_table(name, schema=schema)
                 table.set_unenforced_primary_key("id")
-            words = FTS(with_position=False, stem=True, remove_stop_words=True, language="English")
-            table.create_index("text", config=words)
+            _index_words(table)
+            self._settle()
+        for name in _TABLES:
+            _heal(folder / f"{name}.lance")
         try:
             self._documents: Any = self._database.open_table("documents")
             self._chunks: Any = self._database.open_table("chunks")
@@ -104,11 +118,17 @@ class LanceStore:
                 f"the tables in {folder} cannot be opened ({_first_line(error)}). "
                 f"Delete the collection and ingest again, or import an export"
             ) from error
+        stored = self._chunks.schema.field("embedding").type.list_size
+        if stored != dimension:
+            raise CorruptError(
+                f"the manifest speaks of {dimension}-d embeddings; the tables in {folder} hold {stored}-d"
+            )
 
     # -- documents ---------------------------------------------------------------------------------------------------
     def documents(self) -> dict[str, DocumentRow]:
         """Give every document row by its id."""
-        rows = self._documents.to_arrow().select([field.name for field in fields(DocumentRow)]).to_pylist()
+        with self._reading():
+            rows = self._documents.to_arrow().select([field.name for field in fields(DocumentRow)]).to_pylist()
         return {row["id"]: DocumentRow(**row) for row in rows}
 
     def put_documents(self, rows: Sequence[DocumentRow]) -> None:
@@ -116,33 +136,40 @@ class LanceStore:
         if rows:
             table = pa.Table.from_pylist([asdict(row) for row in rows], schema=_DOCUMENTS)
             self._documents.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(table)
+            self._settle()
 
     def remove_documents(self, ids: Sequence[str]) -> None:
         """Delete documents and their chunks; the chunks first, so that a crash leaves the row that names them."""
         for names in _lists(ids):
             self._chunks.delete(f"document IN ({names})")
             self._documents.delete(f"id IN ({names})")
+        if ids:
+            self._settle()
 
     # -- chunks ------------------------------------------------------------------------------------------------------
     def add_chunks(self, chunks: Sequence[Chunk], vectors: Vectors) -> None:
         """Insert chunks with their embeddings; one whose id is there is replaced (its ordinal may differ)."""
         if not chunks:
             return
+        last = sorted({chunk.id: row for row, chunk in enumerate(chunks)}.values())
+        if len(last) < len(chunks):  # a merge tells rows from those of the table only, not from one another
+            chunks, vectors = [chunks[row] for row in last], vectors[last]
         flat = np.ascontiguousarray(vectors, dtype=np.float32)
+        facts = [json.dumps(_storable(chunk.metadata), ensure_ascii=False) for chunk in chunks]
         columns = {
             **{name: [getattr(chunk, name) for chunk in chunks] for name in _CHUNK_COLUMNS if name != "metadata"},
-            "metadata": pa.ExtensionArray.from_storage(
-                pa.json_(), pa.array([json.dumps(chunk.metadata, ensure_ascii=False) for chunk in chunks], pa.string())
-            ),
+            "metadata": pa.ExtensionArray.from_storage(pa.json_(), pa.array(facts, pa.string())),
             "embedding": pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), self.dimension),
-            "crc": [_crc(chunk.text, vector) for chunk, vector in zip(chunks, flat, strict=True)],
+            "crc": [_crc(chunk, vector) for chunk, vector in zip(chunks, flat, strict=True)],
         }
         table = pa.table(columns, schema=_chunks_schema(self.dimension))
         self._chunks.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(table)
+        self._settle()
 
-    def drop_stale_chunks(self, document: str, ids: set[str]) -> int:
-        """Delete the chunks of a document that are not among `ids`; give how many there were."""
-        stale = [chunk for chunk in self.chunk_ids([document]) if chunk not in ids]
+    def drop_stale_chunks(self, kept: Mapping[str, set[str]]) -> int:
+        """Delete the chunks of documents that are not among the ids kept of each; give how many there were."""
+        ids = set().union(*kept.values())
+        stale = [chunk for chunk in self.chunk_ids(list(kept)) if chunk not in ids]
         for names in _lists(stale):
             self._chunks.delete(f"id IN ({names})")
         return len(stale)
@@ -154,10 +181,15 @@ class LanceStore:
             found += self._scan(["id"], f"document IN ({names})")["id"].to_pylist()
         return found
 
+    def chunks_of(self, document: str) -> list[Chunk]:
+        """Give the chunks of a document in the order of its text."""
+        table = self._scan(_CHUNK_COLUMNS, f"document IN ({next(_lists([document]))})")
+        return sorted(map(_chunk, table.to_pylist()), key=lambda chunk: chunk.start)
+
     def embeddings(self, document: str) -> dict[str, Vector]:
-        """Give the embedding of each chunk that a document has, by chunk id."""
-        table = self._scan(["id", "embedding"], f"document IN ({next(_lists([document]))})")
-        return dict(zip(table["id"].to_pylist(), _matrix(table["embedding"], self.dimension), strict=True))
+        """Give the embedding of each text that a chunk of a document has."""
+        table = self._scan(["text", "embedding"], f"document IN ({next(_lists([document]))})")
+        return dict(zip(table["text"].to_pylist(), _matrix(table["embedding"], self.dimension), strict=True))
 
     def chunks_per_document(self) -> dict[str, int]:
         """Give the number of chunks of every document that has any."""
@@ -170,42 +202,51 @@ class LanceStore:
 
     def row_ids(self, where: str | None = None) -> RowIds:
         """Give the row ids of all chunks, or of those that a filter of the user keeps, ascending."""
-        try:
-            found = self._scan(["id"], to_sql(where) if where else None, row_ids=True)["_rowid"].to_numpy()
-        except (ValueError, RuntimeError) as error:
-            raise UsageError(f"--where {where!r} cannot be used: {_first_line(error)}") from error
-        return np.sort(found.astype(np.int64))
+        return self._filtered(self._scan_ids, where)
+
+    def changed_since(self, version: int) -> RowIds:
+        """Give the row ids of the chunks that were written after a version, ascending."""
+        return self._scan_ids(f"_row_last_updated_at_version > {version}")
 
     def vectors(self, row_ids: RowIds) -> Vectors:
         """Give the embeddings of rows, (N, dimension) float32, in the order asked for."""
-        table = self._chunks.take_row_ids(row_ids.tolist()).select(["embedding"]).to_arrow()
-        return _matrix(table["embedding"], self.dimension)
+        with self._reading():
+            query = self._chunks.take_row_ids(row_ids.tolist()).with_row_id().select(["embedding"])
+            table = query.to_arrow()
+        order = np.argsort(table["_rowid"].to_numpy(), kind="stable")
+        where = np.searchsorted(table["_rowid"].to_numpy(), row_ids, sorter=order)
+        return _matrix(table["embedding"], self.dimension)[order[where]]
 
     def all_vectors(self) -> Iterator[tuple[RowIds, Vectors]]:
         """Give (row ids, embeddings) of all chunks in batches."""
         query = self._chunks.search().with_row_id(True).select(["embedding"])
-        for batch in query.to_batches(8192):
-            ids = batch.column("_rowid").to_numpy().astype(np.int64)
-            yield ids, _matrix(batch.column("embedding"), self.dimension)
+        with self._reading():
+            for batch in query.to_batches(8192):
+                ids = batch.column("_rowid").to_numpy().astype(np.int64)
+                yield ids, _matrix(batch.column("embedding"), self.dimension)
 
     def fetch(self, row_ids: Sequence[int]) -> list[Chunk]:
         """Give the chunks of rows, in the order asked for."""
         if not len(row_ids):
             return []
-        table = self._chunks.take_row_ids(list(row_ids)).with_row_id().select(_CHUNK_COLUMNS).to_arrow()
+        with self._reading():
+            table = self._chunks.take_row_ids(list(row_ids)).with_row_id().select(_CHUNK_COLUMNS).to_arrow()
         found = {row.pop("_rowid"): _chunk(row) for row in table.to_pylist()}
         return [found[row] for row in row_ids if row in found]
 
     def full_text(self, text: str, k: int, where: str | None = None) -> tuple[RowIds, Scores]:
         """Give the row ids and BM25 scores of the k best chunks for the words of a text, best first."""
-        query = self._chunks.search(MatchQuery(text, "text"), query_type="fts").select(["_score"]).with_row_id(True)
-        if where:
-            query = query.where(to_sql(where), prefilter=True)
-        try:
-            found = query.limit(k).to_arrow()
-        except (ValueError, RuntimeError) as error:
-            raise UsageError(f"the text search failed: {_first_line(error)}") from error
-        return found["_rowid"].to_numpy().astype(np.int64), found["_score"].to_numpy().astype(np.float32)
+        words = text.encode("utf-8", "replace").decode()  # what was typed may hold lone surrogates
+
+        def best(condition: str | None) -> pa.Table:
+            query = self._chunks.search(MatchQuery(words, "text"), query_type="fts").select(["_score"])
+            if condition:
+                query = query.where(condition, prefilter=True)
+            with self._reading():
+                return query.with_row_id(True).limit(k).to_arrow()
+
+        table = self._filtered(best, where)
+        return table["_rowid"].to_numpy().astype(np.int64), table["_score"].to_numpy().astype(np.float32)
 
     # -- care --------------------------------------------------------------------------------------------------------
     @property
@@ -213,15 +254,32 @@ class LanceStore:
         """Version of the chunks table; each commit raises it."""
         return int(self._chunks.version)
 
+    def stamp(self, version: int) -> str | None:
+        """Give a hash that no other state of the chunks table has, or None when that version was cleaned up.
+
+        A version number alone can come back with other content: after a power cut, or from a restored copy.
+        """
+        try:
+            return hashlib.sha256(_manifest(self.folder / "chunks.lance", version).read_bytes()).hexdigest()
+        except OSError:
+            return None
+
+    @property
+    def commits_lost(self) -> int:
+        """How many commits power cuts have cost so far; the numbers of their versions and rows were given out again."""
+        return sum(1 for _ in (self.folder / "chunks.lance" / "_versions").glob("*.damaged"))
+
     def refresh(self) -> None:
         """Look at the newest version, which another process may have written."""
-        self._chunks.checkout_latest()
-        self._documents.checkout_latest()
+        with self._reading():
+            self._chunks.checkout_latest()
+            self._documents.checkout_latest()
 
     def optimize(self) -> None:
         """Merge small files, drop versions older than an hour, and bring the full-text index up to date."""
         for table in (self._documents, self._chunks):
             table.optimize(cleanup_older_than=timedelta(hours=1))
+        self._settle()
 
     def index_text(self, unindexed: int = 100) -> None:
         """Bring the full-text index up to date when over `unindexed` rows are outside it (29 us each a query)."""
@@ -229,44 +287,151 @@ class LanceStore:
         if statistics is None or statistics.num_unindexed_rows > unindexed:
             self.optimize()
 
+    def rebuild_text_index(self) -> None:
+        """Make the full-text index anew."""
+        _index_words(self._chunks)
+        self._settle()
+
     def damaged(self) -> list[str]:
         """Give the ids of chunks whose checksum does not fit their text and embedding."""
         bad: list[str] = []
-        query = self._chunks.search().select(["id", "text", "embedding", "crc"])
-        for batch in query.to_batches(4096):
-            vectors = _matrix(batch.column("embedding"), self.dimension)
-            columns = (batch.column(name).to_pylist() for name in ("id", "text", "crc"))
-            for identity, text, crc, vector in zip(*columns, vectors, strict=True):
-                if _crc(text, vector) != crc:
-                    bad.append(identity)
+        query = self._chunks.search().select([*_CHUNK_COLUMNS, "embedding", "crc"])
+        with self._reading():
+            for batch in query.to_batches(4096):
+                vectors = _matrix(batch.column("embedding"), self.dimension)
+                rows = batch.select([*_CHUNK_COLUMNS, "crc"]).to_pylist()
+                for row, vector in zip(rows, vectors, strict=True):
+                    crc = row.pop("crc")
+                    if not _reads(row) or _crc(_chunk(row), vector) != crc:
+                        bad.append(row["id"])
         return bad
 
     def delete_chunks(self, ids: Sequence[str]) -> None:
         """Delete chunks by id."""
         for names in _lists(ids):
             self._chunks.delete(f"id IN ({names})")
+        self._settle()
 
     def to_arrow(self) -> dict[str, pa.Table]:
         """Give both tables whole, for an export."""
-        return {"documents": self._documents.to_arrow(), "chunks": self._chunks.to_arrow()}
+        with self._reading():
+            return {"documents": self._documents.to_arrow(), "chunks": self._chunks.to_arrow()}
 
     def add_arrow(self, documents: pa.Table, chunks: pa.Table) -> None:
-        """Insert rows of an export."""
-        for table, rows in ((self._chunks, chunks), (self._documents, documents)):
+        """Insert the rows of an export.
+
+        Raises:
+            CorruptError: they are not rows of these tables.
+        """
+        fitting = _chunks_schema(self.dimension), _DOCUMENTS
+        for table, rows, schema in zip((self._chunks, self._documents), (chunks, documents), fitting, strict=True):
+            rows.validate(full=True)
+            if not rows.schema.equals(schema) or len(rows["id"].unique()) < len(rows):
+                raise CorruptError("its tables are not those of a collection")
             table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(rows)
+        self._settle()
+
+    def _scan_ids(self, where: str | None) -> RowIds:
+        return np.sort(self._scan(["id"], where, row_ids=True)["_rowid"].to_numpy().astype(np.int64))
 
     def _scan(self, columns: list[str], where: str | None = None, *, row_ids: bool = False) -> pa.Table:
         query = self._chunks.search().select(columns).with_row_id(row_ids)
         if where:
             query = query.where(where)
-        return query.limit(None).to_arrow()
+        with self._reading():
+            return query.limit(None).to_arrow()
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Turn what Lance throws at unreadable files into an error that says what to do."""
+        try:
+            yield
+        except Exception as error:  # damaged files make Lance throw almost anything, also panics of its libraries
+            if isinstance(error, L2MError | MemoryError) or "(os error" in str(error):  # these are no damage
+                raise
+            raise CorruptError(
+                f"the tables in {self.folder} cannot be read ({_first_line(error)}). Run: l2m collections repair; "
+                f"if that does not help, delete the collection and ingest again, or import an export"
+            ) from error
+
+    def _filtered(self, read: Callable[[str | None], T], where: str | None) -> T:
+        """Read with a filter of the user; one that cannot be used is told from tables that fail without it too."""
+        try:
+            return read(to_sql(where) if where else None)
+        except CorruptError as error:
+            if not where:
+                raise
+            read(None)
+            cause = error.__cause__ or error
+            raise UsageError(f"--where {where!r} cannot be used: {_first_line(cause)}") from cause
+
+    def _settle(self) -> None:
+        """Wait until the files of the commits so far have reached the disk, and the folders that name them."""
+        folders: set[Path] = set()
+        for root, _, names in os.walk(self.folder):
+            for name in names:
+                path = os.path.join(root, name)
+                if path not in self._on_disk:
+                    with suppress(FileNotFoundError):  # a scratch file, or cleaned up by another process
+                        _fsync(path)
+                        folders |= {Path(root), Path(root).parent}
+                        self._on_disk.add(path)
+        for folder in folders:
+            with suppress(OSError):  # some file systems know no fsync of a folder
+                _fsync(folder)
 
 
-# A quoted string stays as it is; metadata.KEY OP LITERAL becomes a JSON look-up of the literal's type.
+def _fsync(path: str | Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _manifest(table: Path, version: int) -> Path:
+    """Give the file that makes a version of a table: Lance counts down, so that the newest comes first."""
+    return table / "_versions" / f"{(1 << 64) - 1 - version:020d}.manifest"
+
+
+def _heal(table: Path) -> None:
+    """Set the newest manifests aside when they have no content, so that the table opens at the version before them.
+
+    A power cut can leave them: Lance moves a manifest into place before its content has reached the disk.
+    """
+    with suppress(OSError):  # what is wrong beyond that is told by opening the table
+        manifests = sorted((table / "_versions").glob("*.manifest"))
+        hollow = list(takewhile(_is_hollow, manifests))
+        if not hollow or len(hollow) == len(manifests):
+            return
+        for path in hollow:
+            path.replace(path.with_name(f"{path.name}.damaged"))
+        logger.warning(
+            "%s was cut short, as by a power cut: its last %d commits are lost, and it is back at the one before. "
+            "Ingest again to bring back what is missing",
+            table,
+            len(hollow),
+        )
+
+
+def _is_hollow(manifest: Path) -> bool:
+    """Say whether a manifest lacks the magic bytes that it ends with."""
+    with manifest.open("rb") as stream:
+        stream.seek(0, os.SEEK_END)
+        stream.seek(-min(4, stream.tell()), os.SEEK_END)
+        return stream.read() != b"LANC"
+
+
+def _index_words(table: Any) -> None:
+    words = FTS(with_position=False, stem=True, remove_stop_words=True, language="English")
+    table.create_index("text", config=words, replace=True)
+
+
+# A quoted string stays as it is; metadata.KEY becomes a JSON look-up, of the type of the literal behind its operator.
 _METADATA = re.compile(
     r"(?P<quoted>'(?:[^']|'')*'|\"[^\"]*\")"
-    r"|\bmetadata\.(?P<key>\w+)(?P<rest>\s*(?:=|!=|<>|<=|>=|<|>|\bNOT\s+LIKE\b|\bLIKE\b|\bILIKE\b|\bIN\b|\bIS\b)\s*\(?\s*"
-    r"(?:(?P<number>-?\d[\d.]*)|(?P<boolean>true|false)\b)?)",
+    r"|\bmetadata\.(?P<key>\w+)(?P<operator>\s*(?:=|!=|<>|<=|>=|<|>|\bIS\b|(?:\bNOT\s+)?\b(?:I?LIKE|IN|BETWEEN)\b)\s*\(?\s*"
+    r"(?:(?P<number>[-+]?\.?\d[\w.]*)|(?P<boolean>(?:NOT\s+)?(?:true|false))\b)?)?",
     re.IGNORECASE,
 )
 
@@ -275,15 +440,17 @@ def to_sql(where: str) -> str:
     """Turn a filter of the user into Lance's SQL.
 
     Columns stand as they are (`document LIKE 'reports/%' AND page >= 3`); `metadata.KEY` looks into what the format
-    told of the document, compared as text, number or truth value after the literal beside it
-    (`metadata.author = 'Ada'`).
+    told of the document, compared as text, number or truth value after the literal behind it
+    (`metadata.author = 'Ada'`); by itself it is a truth value. A value of another type fits no comparison.
     """
 
     def look_up(match: re.Match[str]) -> str:
         if match["quoted"]:
             return match["quoted"]
-        kind = "float" if match["number"] else "bool" if match["boolean"] else "string"
-        return f"json_get_{kind}(metadata, '{match['key']}'){match['rest']}"
+        text = f"json_get_string(metadata, '{match['key']}')"
+        if match["operator"] is None or match["boolean"]:
+            return f"TRY_CAST({text} AS BOOLEAN){match['operator'] or ''}"
+        return (f"TRY_CAST({text} AS DOUBLE)" if match["number"] else text) + match["operator"]
 
     return _METADATA.sub(look_up, where)
 
@@ -292,14 +459,37 @@ def _chunk(row: dict[str, Any]) -> Chunk:
     return Chunk(**{**row, "metadata": json.loads(row["metadata"] or "{}")})
 
 
+def _reads(row: dict[str, Any]) -> bool:
+    try:
+        return isinstance(json.loads(row["metadata"]), dict)
+    except (ValueError, TypeError):
+        return False
+
+
 def _matrix(column: Any, dimension: int) -> Vectors:
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     matrix: Vectors = array.flatten().to_numpy(zero_copy_only=False).reshape(-1, dimension)
     return matrix
 
 
-def _crc(text: str, vector: Vector) -> int:
-    return zlib.crc32(vector.tobytes(), zlib.crc32(text.encode()))
+def _crc(chunk: Chunk, vector: Vector) -> int:
+    """Sum up a row: everything that is stored of a chunk, and its embedding."""
+    facts = sorted(_storable(chunk.metadata).items())
+    numbers = [[key, float(value) if type(value) is int else value] for key, value in facts]
+    row = [getattr(chunk, name) for name in _CHUNK_COLUMNS if name != "metadata"]
+    return zlib.crc32(vector.tobytes(), zlib.crc32(json.dumps([*row, numbers]).encode()))
+
+
+def _storable(metadata: dict[str, Scalar]) -> dict[str, Scalar]:
+    """Give metadata as JSON keeps them: without numbers that are none, or that no float can hold."""
+
+    def kept(value: Scalar) -> Scalar:
+        try:
+            return value if not isinstance(value, int | float) or math.isfinite(value) else None
+        except OverflowError:
+            return None
+
+    return {key: kept(value) for key, value in metadata.items()}
 
 
 def _lists(names: Sequence[str]) -> Iterator[str]:
@@ -308,5 +498,5 @@ def _lists(names: Sequence[str]) -> Iterator[str]:
         yield ", ".join("'" + name.replace("'", "''") + "'" for name in names[start : start + _IN_LIST])
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0].split(", /")[0]

@@ -213,7 +213,59 @@ def test_json_has_the_fields_of_the_contract() -> None:
 
 def test_more_support_never_makes_an_answer_less_likely() -> None:
     def probability(cosine: float, span: float) -> float:
-        return qa.answerable_probability({"cosine": cosine, "covered": 0.5, "span": span, "margin": 0.5, "free": 0.0})
+        features = {"passage": cosine, "sentence": cosine, "covered": 0.5, "span": span, "margin": 0.5}
+        return qa.answerable_probability(features)
 
     assert probability(0.8, -2.0) >= probability(0.3, -2.0)
     assert probability(0.6, -1.0) >= probability(0.6, -8.0)
+
+
+def test_sentences_cover_the_text_and_wrapped_lines_go_on() -> None:
+    text = (
+        "# Heading\nShort line\n- an entry\n- another one\n\nThis line is so long that it was wrapped by whoever wrote "
+        "it down\nand it goes on here. A new one!  And 3.5 more.\na | b\nc | d"
+    )
+    found = [text[start:end] for start, end in qa.sentences(text)]
+    assert found == [
+        "# Heading",
+        "Short line",
+        "- an entry",
+        "- another one",
+        "This line is so long that it was wrapped by whoever wrote it down\nand it goes on here.",
+        "A new one!",
+        "And 3.5 more.",
+        "a | b",
+        "c | d",
+    ]
+
+
+@given(st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(" \n\t.!?。|-")), max_size=200))
+def test_sentences_lose_nothing_but_white_space(text: str) -> None:
+    found = qa.sentences(text)
+    assert all(start < end for start, end in found)
+    assert [bound for pair in found for bound in pair] == sorted(bound for pair in found for bound in pair)
+    inside = set().union(*(range(start, end) for start, end in found)) if found else set()
+    assert all(letter.isspace() for at, letter in enumerate(text) if at not in inside)
+
+
+def test_the_sentence_that_shares_meaning_and_words_comes_first() -> None:
+    read = [
+        passage("The rent is due monthly. The deposit is 900 euros."),
+        passage("Deposit slips are green.", score=0.2),
+    ]
+
+    def closeness(question: str, texts: Sequence[str]) -> list[float]:
+        return [0.6 if "900" in text else 0.1 for text in texts]
+
+    ranked = qa.rank_sentences("How much is the deposit?", read, closeness)
+    first = ranked[0]
+    assert read[first.passage].chunk.text[first.start : first.end] == "The deposit is 900 euros."
+    assert [sentence.fit for sentence in ranked] == sorted((s.fit for s in ranked), reverse=True)
+    assert len(ranked) == 3
+
+
+def test_only_so_many_sentences_are_read() -> None:
+    model = Words()
+    read = [passage("One fact. Two facts. Three facts. Four facts.")]
+    qa.answer("facts?", lambda _, k: read, model, focus=2, abstain_below=0.0)
+    assert len(model.prompts[0].split("Question:")[0].strip().split("\n\n")) == 2

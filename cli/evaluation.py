@@ -1,0 +1,282 @@
+"""`l2m eval` and `l2m bench`: quality and speed, measured on this machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from l2m_rag.cli import output
+from l2m_rag.cli.options import (
+    Command,
+    InCollection,
+    Json,
+    ModelOption,
+    UrlOption,
+    existing,
+    fetch,
+    opened,
+    settings_of,
+    shows_progress,
+)
+from l2m_rag.errors import CollectionNotFound, UsageError
+
+if TYPE_CHECKING:
+    from l2m_rag.collection import Collection
+    from l2m_rag.config import Settings
+    from l2m_rag.tasks import TaskSet
+
+eval_app = typer.Typer(
+    rich_markup_mode=None,
+    help="Measure retrieval and answers, on question sets or on your own questions.\n\n"
+    "Example: l2m eval qa --questions my-questions.jsonl -c contracts",
+)
+bench_app = typer.Typer(
+    rich_markup_mode=None,
+    help="Measure speed, beside its limit in the same run.\n\nExample: l2m bench ingest --folder contracts/",
+)
+
+SetOption = Annotated[
+    str, typer.Option("--set", metavar="NAME", help="Question set: xquad, squad2, squad-train, nq, clapnq, ...")
+]
+QuestionsOption = Annotated[
+    str | None,
+    typer.Option(metavar="FILE.jsonl", help='Your own: lines of {"question", "answers", "document" or "context"}.'),
+]
+DataOption = Annotated[
+    Path | None, typer.Option("--data", metavar="DIR", help="Folder of the question sets [env: L2M_DATA].")
+]
+Number = Annotated[int | None, typer.Option("-n", min=1, metavar="N", help="Take N questions by chance; default all.")]
+
+
+@eval_app.command(cls=Command)
+def retrieval(
+    ctx: typer.Context,
+    name: SetOption = "xquad",
+    questions: QuestionsOption = None,
+    collection: InCollection = None,
+    data: DataOption = None,
+    n: Number = None,
+    as_json: Json = False,
+) -> None:
+    """Measure how often search finds the document that holds the answer.
+
+    Examples:
+      l2m eval retrieval --set xquad
+      l2m eval retrieval --questions my-questions.jsonl -c contracts
+
+    Recall, mean reciprocal rank and nDCG of dense, full-text and hybrid search, by document where a question
+    names one, else by passages that hold an answer.
+    """
+    from l2m_rag import evaluate
+
+    settings = settings_of(ctx, collection=collection)
+    fetch(ctx, settings, as_json=as_json, decoder=False)
+    with _told(shows_progress(ctx, as_json)) as told:
+        searched, tasks = _asked(settings, name, questions, collection, data)
+        rows = evaluate.retrieval(searched, evaluate.sample(tasks.tasks, n), told=told)
+    _say_rows([asdict(row) for row in rows], tasks.name, as_json)
+
+
+@eval_app.command(cls=Command)
+def qa(
+    ctx: typer.Context,
+    name: SetOption = "xquad",
+    questions: QuestionsOption = None,
+    collection: InCollection = None,
+    data: DataOption = None,
+    n: Number = None,
+    gold: Annotated[bool, typer.Option("--gold", help="Also measure reading of the document with the answer.")] = False,
+    free: Annotated[bool, typer.Option("--free", help="Let the model use its own words.")] = False,
+    model: ModelOption = None,
+    llm_url: UrlOption = None,
+    as_json: Json = False,
+) -> None:
+    """Measure answers: exact match, F1, abstention, citations, time to the first token.
+
+    Examples:
+      l2m eval qa --set xquad -n 200 --gold
+      l2m eval qa --questions my-questions.jsonl -c contracts
+
+    Shares carry the half-width of their 95 % interval (`half`). Unanswerable questions are those of the set, or
+    each question again with its document kept from the search.
+    """
+    from l2m_rag import evaluate
+
+    settings = settings_of(ctx, collection=collection, model=model, llm_url=llm_url)
+    fetch(ctx, settings, as_json=as_json, decoder=True)
+    with _told(shows_progress(ctx, as_json)) as told:
+        asked, tasks = _asked(settings, name, questions, collection, data)
+        chosen = evaluate.sample(tasks.tasks, n)
+        rows = [
+            evaluate.answers(asked, chosen, gold=given, free=free, told=told)
+            for given in ((True, False) if gold else (False,))
+        ]
+    _say_rows([asdict(row) for row in rows], tasks.name, as_json)
+
+
+@eval_app.command(cls=Command)
+def calibrate(
+    ctx: typer.Context,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write the weights (JSON).")],
+    name: SetOption = "squad-train",
+    data: DataOption = None,
+    n: Number = 300,
+    model: ModelOption = None,
+    as_json: Json = False,
+) -> None:
+    """Fit the probability that there is an answer, on a set that may be trained on.
+
+    Example:
+      l2m eval calibrate l2m_rag/data/answerability.json -n 300
+    """
+    from l2m_rag import evaluate
+    from l2m_rag.tasks import SETS
+
+    if name in SETS and not SETS[name].train:
+        raise UsageError(f"{name} is for measuring; fit on one of: {', '.join(s for s in SETS if SETS[s].train)}")
+    settings = settings_of(ctx, model=model)
+    fetch(ctx, settings, as_json=as_json, decoder=True)
+    with _told(shows_progress(ctx, as_json)) as told:
+        asked, tasks = _asked(settings, name, None, None, data)
+        answerable = [task for task in tasks.tasks if task.answerable and task.answers]
+        found = evaluate.calibrate(asked, evaluate.sample(answerable, n), told=told)
+    file.write_text(json.dumps(found, indent=1) + "\n")
+    output.say_json(found) if as_json else output.say(f"{file}: {found['fitted']}; AUROC {found['auroc']}")
+
+
+@bench_app.command(cls=Command)
+def ingest(
+    ctx: typer.Context,
+    folder: Annotated[
+        str | None, typer.Option("--folder", metavar="DIR", help="Documents to ingest; default made-up texts.")
+    ] = None,
+    documents: Annotated[int, typer.Option(min=10, metavar="N", help="Number of made-up texts.")] = 2000,
+    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Rounds; the median is given.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Measure ingest beside the embedder's own fp32 `encode` of the same chunks, and a second ingest.
+
+    Examples:
+      l2m bench ingest
+      l2m bench ingest --folder contracts/ --rounds 5 --json
+    """
+    import tempfile
+
+    from l2m_rag import bench
+
+    settings = settings_of(ctx)
+    fetch(ctx, settings, as_json=as_json, decoder=False)
+    with tempfile.TemporaryDirectory(prefix="l2m-bench-") as scratch:
+        if folder is None:
+            bench.write_corpus(Path(scratch), bench.made_texts(documents))
+        place = Path(existing(folder)) if folder is not None else Path(scratch)
+        found = bench.ingest(place, settings, rounds=rounds, told=_remarks(ctx))
+    _say_figures(found, as_json)
+
+
+@bench_app.command(cls=Command)
+def search(
+    ctx: typer.Context,
+    rows: Annotated[int, typer.Option(min=1000, metavar="N", help="Chunks in the store.")] = 100_000,
+    as_json: Json = False,
+) -> None:
+    """Measure searches over a store of made-up chunks, beside raw FAISS on the same vectors.
+
+    Examples:
+      l2m bench search
+      l2m bench search --rows 10000 --json
+    """
+    from l2m_rag import bench
+
+    settings = settings_of(ctx)
+    fetch(ctx, settings, as_json=as_json, decoder=False)
+    _say_figures(bench.search(rows, settings, told=_remarks(ctx)), as_json)
+
+
+@bench_app.command(cls=Command)
+def ask(
+    ctx: typer.Context,
+    collection: InCollection = None,
+    questions: Annotated[
+        str | None, typer.Option(metavar="FILE.jsonl", help="Questions to ask; default those of `l2m demo`.")
+    ] = None,
+    model: ModelOption = None,
+    llm_url: UrlOption = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the time to the first token of answers, models loaded.
+
+    Example:
+      l2m bench ask -c demo
+    """
+    from l2m_rag import bench
+    from l2m_rag.cli.demo import COLLECTION, QUESTIONS
+    from l2m_rag.cli.options import read_questions
+
+    settings = settings_of(ctx, collection=collection or COLLECTION, model=model, llm_url=llm_url)
+    asked = [one.text for one in read_questions(questions)] if questions else [*QUESTIONS] * 5
+    fetch(ctx, settings, as_json=as_json, decoder=True)
+    _say_figures(bench.ask(opened(settings), asked, told=_remarks(ctx)), as_json)
+
+
+def _asked(
+    settings: Settings, name: str, questions: str | None, collection: str | None, data: Path | None
+) -> tuple[Collection, TaskSet]:
+    """Give the collection and the questions: a set's, or the user's over a collection or over their own contexts."""
+    from l2m_rag import evaluate, tasks
+
+    if questions is None:
+        if collection is not None:
+            raise UsageError("--collection needs --questions FILE.jsonl: a set brings its own documents")
+        loaded = tasks.load_set(name, tasks.data_folder(data))
+    else:
+        loaded = tasks.load_file(Path(existing(questions)))
+    if loaded.documents:
+        return evaluate.collection_of(loaded, settings), loaded
+    found = opened(settings)
+    if not found.exists():
+        raise CollectionNotFound(f"there is no collection {found.name!r} to ask; name one with -c")
+    return found, loaded
+
+
+@contextmanager
+def _told(show: bool) -> Iterator[Callable[[int, int], object] | None]:
+    with output.count_bar(show, "questions") as told:
+        yield told
+
+
+def _remarks(ctx: typer.Context) -> Callable[[str], object]:
+    return (lambda text: None) if ctx.find_root().params["quiet"] else output.remark
+
+
+def _say_rows(rows: Sequence[dict[str, Any]], name: str, as_json: bool) -> None:
+    if as_json:
+        output.say_json({"set": name, "rows": [_finite(row) for row in rows]})
+        return
+    head = [key for key in rows[0] if key != "half"]
+    cells = []
+    for row in rows:
+        half = row.get("half", {})
+        cells.append([f"{row[key]} ±{half[key]}" if key in half else row[key] for key in head])
+    output.say_table([key.upper() for key in head], cells)
+
+
+def _say_figures(found: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        output.say_json(_finite(found))
+    else:
+        output.say_table(("FIGURE", "VALUE"), list(found.items()))
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """Give a row without NaN, which JSON does not have."""
+    return {
+        key: _finite(value) if isinstance(value, dict) else None if value != value else value
+        for key, value in row.items()
+    }

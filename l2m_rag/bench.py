@@ -1,0 +1,318 @@
+"""Speed, measured: ingest, search and first token, each beside its limit in the same run.
+
+Every figure that is promised is a ratio or a difference inside one run: machines differ, and so do their neighbours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from l2m_rag.collection import Collection, load_embedder
+from l2m_rag.errors import L2MError, UsageError
+from l2m_rag.memory_tiers.hot_index import PROBES, HotIndex
+from l2m_rag.memory_tiers.lance_store import LanceStore
+from l2m_rag.memory_tiers.records import Chunk
+
+if TYPE_CHECKING:
+    from l2m_rag.config import Settings
+
+Told = Callable[[str], object]
+"""Called with a few words on what is being measured now."""
+
+_DIMENSION = 384
+_WORDS_PER_CHUNK = 120
+_ROWS_PER_TOPIC = 20
+
+
+def write_corpus(folder: Path, texts: Sequence[str]) -> None:
+    """Write each text as a file of its own, 1,000 a folder."""
+    for number, text in enumerate(texts):
+        path = folder / f"{number // 1000:03d}" / f"{number:06d}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8", newline="")
+
+
+def made_texts(count: int, words: int = _WORDS_PER_CHUNK, seed: int = 0) -> list[str]:
+    """Make texts of made-up words, as often as words of a language are (Zipf), in sentences."""
+    draw = np.random.default_rng(seed)
+    syllables = ["ba", "de", "fi", "go", "ku", "la", "me", "ni", "po", "ra", "se", "ti", "vo", "wa", "xu", "zi"]
+    vocabulary = np.array(["".join(draw.choice(syllables, 2 + number % 3)) for number in range(20_000)])
+    weight = 1 / np.arange(1, len(vocabulary) + 1)
+    texts = []
+    for number in range(count):
+        drawn = vocabulary[draw.choice(len(vocabulary), words, p=weight / weight.sum())]
+        sentences = [" ".join(drawn[start : start + 12]).capitalize() + "." for start in range(0, words, 12)]
+        texts.append(f"{number}. " + " ".join(sentences))
+    return texts
+
+
+# -- ingest ------------------------------------------------------------------------------------------------------------
+def ingest(folder: Path, settings: Settings, *, rounds: int = 3, told: Told = lambda text: None) -> dict[str, Any]:
+    """Measure the ingest of a folder beside the embedder's own fp32 `encode` of the same chunks.
+
+    Each runs in a process of its own, in turn, `rounds` times; loading the model does not count on either side.
+
+    Args:
+        folder: of documents.
+        settings: whose embedder, chunk size and workers are used; its home is not touched.
+        rounds: the median of so many is given.
+        told: called with what is being done.
+    """
+    runs: dict[str, list[dict[str, Any]]] = {"ingest": [], "encode": []}
+    with tempfile.TemporaryDirectory(prefix="l2m-bench-") as scratch:
+        for number in range(rounds):
+            home = Path(scratch) / f"home-{number}"
+            for what in runs:
+                told(f"round {number + 1} of {rounds}: {what}")
+                runs[what].append(_in_process(what, folder, settings, home))
+            told(f"round {number + 1} of {rounds}: again, nothing has changed")
+            runs.setdefault("again", []).append(_in_process("again", folder, settings, home))
+            shutil.rmtree(home)
+    middle = {what: _median_run(found) for what, found in runs.items()}
+    chunks = middle["ingest"]["chunks"]
+    return {
+        "documents": middle["ingest"]["documents"],
+        "failed": middle["ingest"]["failed"],
+        "chunks": chunks,
+        "tokens": middle["encode"]["tokens"],
+        "encode_fp32_chunks_per_s": round(chunks / middle["encode"]["seconds"], 1),
+        "ingest_chunks_per_s": round(chunks / middle["ingest"]["seconds"], 1),
+        "ratio": round(
+            statistics.median(e["seconds"] / i["seconds"] for i, e in zip(runs["ingest"], runs["encode"], strict=True)),
+            2,
+        ),
+        "lowest_cosine": middle["encode"]["lowest_cosine"],
+        "peak_rss_mb": middle["ingest"]["peak_rss_mb"],
+        "disk_mb": middle["ingest"]["disk_mb"],
+        "again_seconds": middle["again"]["seconds"],
+        "again_embedded": middle["again"]["embedded"],
+        "rounds": rounds,
+    }
+
+
+def _median_run(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return sorted(runs, key=lambda run: run["seconds"])[len(runs) // 2]
+
+
+def _in_process(what: str, folder: Path, settings: Settings, home: Path) -> dict[str, Any]:
+    """Run one measurement in a fresh process: memory is its own, and no cache is warm."""
+    task = {
+        "what": what,
+        "folder": str(folder),
+        "home": str(home),
+        "models": str(settings.models or settings.home / "models"),
+        "embedder": settings.embedder,
+        "chunk_size": settings.chunk_size,
+        "chunk_overlap": settings.chunk_overlap,
+        "workers": settings.workers,
+        "threads": settings.threads,
+    }
+    ran = subprocess.run(
+        [sys.executable, "-c", "from l2m_rag.bench import measure; measure()", json.dumps(task)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if ran.returncode != 0:
+        last = (ran.stderr.strip().splitlines() or ["no output"])[-1]
+        raise L2MError(f"the measurement {what!r} failed: {last}")
+    found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    return found
+
+
+def measure() -> None:
+    """Run one measurement in this process and print it as JSON; the other side of `_in_process`."""
+    import resource
+
+    from l2m_rag.config import load_settings
+
+    task = json.loads(sys.argv[1])
+    what, folder = task.pop("what"), Path(task.pop("folder"))
+    settings = load_settings(task, environ={})[0]
+    collection = Collection("bench", settings.home / "bench", settings)
+    found = {"ingest": _measure_ingest, "again": _measure_again, "encode": _measure_encode}[what](collection, folder)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    sys.stdout.write(json.dumps({**found, "peak_rss_mb": round(peak)}) + "\n")
+
+
+def _measure_ingest(collection: Collection, folder: Path) -> dict[str, Any]:
+    load_embedder(collection.settings).encode(["warm up"])
+    began = time.perf_counter()
+    report = collection.ingest(folder)
+    seconds = time.perf_counter() - began
+    return {
+        "seconds": seconds,
+        "documents": report.added,
+        "failed": len(report.failed),
+        "chunks": report.chunks,
+        "disk_mb": round(collection.info().bytes / 1e6, 1),
+    }
+
+
+def _measure_again(collection: Collection, folder: Path) -> dict[str, Any]:
+    began = time.perf_counter()
+    report = collection.ingest(folder)
+    return {"seconds": round(time.perf_counter() - began, 2), "embedded": report.chunks}
+
+
+def _measure_encode(collection: Collection, folder: Path) -> dict[str, Any]:
+    """Embed the chunks that an ingest has stored with sentence-transformers' own `encode`, in fp32."""
+    from sentence_transformers import SentenceTransformer
+
+    ours = load_embedder(collection.settings)
+    texts: list[str] = []
+    vectors = []
+    store = collection.tier().store
+    for ids, batch in store.all_vectors():
+        texts += [chunk.text for chunk in store.fetch(ids.tolist())]
+        vectors.append(batch)
+    model: Any = SentenceTransformer(ours.source, device="cpu")
+    model.encode(["warm up"])
+    began = time.perf_counter()
+    found = model.encode(texts, normalize_embeddings=True, show_progress_bar=False)
+    seconds = time.perf_counter() - began
+    cosines = (np.concatenate(vectors) * found).sum(axis=1)
+    tokens = sum(map(len, ours.spans(texts)))
+    return {"seconds": seconds, "tokens": tokens, "lowest_cosine": round(float(cosines.min()), 5)}
+
+
+# -- search ------------------------------------------------------------------------------------------------------------
+def search(rows: int, settings: Settings, *, questions: int = 200, told: Told = lambda text: None) -> dict[str, Any]:
+    """Measure searches over a store of `rows` chunks with made vectors, beside raw FAISS on the same vectors.
+
+    Vectors are made (spectrum i^-0.9, topics of about 20 rows, as sentence embeddings have it), and so are texts. What
+    is timed one after the other in each round: the embedding of the question, hybrid search, dense
+    search, the hot index alone, and raw FAISS with the same kind of index and the same number of results.
+    """
+    if rows < 1000:
+        raise UsageError(f"--rows ({rows}) must be at least 1,000")
+    from l2m_rag.memory_tiers.long_term import Manifest, create_tier
+
+    model = load_embedder(settings)
+    with tempfile.TemporaryDirectory(prefix="l2m-bench-") as scratch:
+        manifest = Manifest(embedder="bench", fingerprint="bench", dimension=_DIMENSION, created_at=time.time())
+        tier = create_tier(Path(scratch) / "bench", manifest)
+        told(f"writing {rows:,} chunks")
+        vectors = made_vectors(rows)
+        texts = made_texts(rows)
+        began = time.perf_counter()
+        _fill(tier.store, texts, vectors)
+        wrote = time.perf_counter() - began
+        told("building the indexes")
+        began = time.perf_counter()
+        tier.store.index_text(0)
+        hot = tier.hot_index()
+        built = time.perf_counter() - began
+        if not hot.exact:
+            hot.index.nprobe = PROBES  # what a bare `index.search` takes; ours are passed with each search
+        told("searching")
+        queries = _query_vectors(vectors, questions)
+        words = [" ".join(texts[number % len(texts)].split()[3:11]) for number in range(0, 37 * questions, 37)]
+        times: dict[str, list[float]] = {name: [] for name in ("embed", "hybrid", "dense", "text", "hot", "raw_faiss")}
+        for question, vector in zip(words, queries, strict=True):
+            ways: dict[str, Callable[[], object]] = {
+                "embed": lambda question=question: model.encode([question]),  # type: ignore[misc]
+                "hybrid": lambda q=question, v=vector: tier.search(q, v, 10),  # type: ignore[misc]
+                "dense": lambda q=question, v=vector: tier.search(q, v, 10, mode="dense"),  # type: ignore[misc]
+                "text": lambda q=question: tier.search(q, None, 10, mode="text"),  # type: ignore[misc]
+                "hot": lambda v=vector: hot.search(v, 10),  # type: ignore[misc]
+                "raw_faiss": lambda v=vector: hot.index.search(v[None], 10),  # type: ignore[misc]
+            }
+            for name, call in ways.items():
+                began = time.perf_counter()
+                call()
+                times[name].append((time.perf_counter() - began) * 1000)
+        recall = _recall(hot, queries)
+    middle = {name: round(statistics.median(found), 3) for name, found in times.items()}
+    return {
+        "rows": rows,
+        "write_s": round(wrote, 1),
+        "index_s": round(built, 1),
+        **{f"{name}_p50_ms": value for name, value in middle.items()},
+        "hybrid_p95_ms": round(float(np.percentile(times["hybrid"], 95)), 3),
+        "hot_to_raw_faiss": round(middle["hot"] / middle["raw_faiss"], 2),
+        "hot_recall_10": recall,
+        "index": "exact fp16" if hot.exact else "IVF, 8 bit, exact re-rank",
+    }
+
+
+def made_vectors(rows: int, seed: int = 0) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+    """Make (rows, 384) float32 unit vectors with the spectrum and the topics of sentence embeddings."""
+    draw = np.random.default_rng(seed)
+    spread = (np.arange(1, _DIMENSION + 1, dtype=np.float32) ** -0.45)[None]  # amplitude: half of the spectrum's power
+    topics = draw.standard_normal((rows // _ROWS_PER_TOPIC + 1, _DIMENSION), dtype=np.float32)
+    vectors = topics[np.arange(rows) // _ROWS_PER_TOPIC] + draw.standard_normal((rows, _DIMENSION), dtype=np.float32)
+    vectors *= spread
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors
+
+
+def _query_vectors(vectors: np.ndarray[Any, np.dtype[np.float32]], count: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    draw = np.random.default_rng(1)
+    near = vectors[draw.choice(len(vectors), count)]
+    near = near + 0.04 * draw.standard_normal(near.shape).astype(np.float32)
+    return np.asarray(near / np.linalg.norm(near, axis=1, keepdims=True), dtype=np.float32)
+
+
+def _fill(store: LanceStore, texts: Sequence[str], vectors: np.ndarray[Any, np.dtype[np.float32]]) -> None:
+    for start in range(0, len(vectors), 10_000):
+        part = vectors[start : start + 10_000]
+        chunks = [
+            Chunk(
+                id=hashlib.sha256(str(start + at).encode()).hexdigest()[:32],
+                document=f"{(start + at) // _ROWS_PER_TOPIC}.txt",
+                ordinal=(start + at) % _ROWS_PER_TOPIC,
+                page=None,
+                heading="",
+                start=0,
+                end=len(texts[(start + at) % len(texts)]),
+                text=texts[(start + at) % len(texts)],
+            )
+            for at in range(len(part))
+        ]
+        store.add_chunks(chunks, part)
+
+
+def _recall(hot: HotIndex, queries: np.ndarray[Any, np.dtype[np.float32]]) -> float:
+    """Give the share of the true ten nearest rows that the hot index finds."""
+    vectors = hot.vectors.astype(np.float32)
+    found = 0
+    for query in queries:
+        truth = set(hot.row_ids[np.argsort(-(vectors @ query), kind="stable")[:10]].tolist())
+        found += len(truth & set(hot.search(query, 10)[0].tolist()))
+    return round(found / (10 * len(queries)), 4)
+
+
+# -- first token -------------------------------------------------------------------------------------------------------
+def ask(collection: Collection, questions: Sequence[str], *, told: Told = lambda text: None) -> dict[str, Any]:
+    """Measure the time to the first token of answers once the models are loaded."""
+    quiet = Collection(collection.name, collection.path, replace(collection.settings, abstain_below=0.0))
+    told("loading the models")
+    quiet.ask(questions[0])
+    first, whole, positions = [], [], []
+    for number, question in enumerate(questions, 1):
+        told(f"question {number} of {len(questions)}")
+        answer = quiet.ask(question)
+        first.append(answer.timings["first_token_ms"])
+        whole.append(answer.timings["total_ms"])
+        positions.append(answer.tokens["positions"])
+    return {
+        "questions": len(questions),
+        "first_token_p50_ms": round(statistics.median(first), 1),
+        "first_token_p95_ms": round(float(np.percentile(first, 95)), 1),
+        "total_p50_ms": round(statistics.median(whole), 1),
+        "positions_p50": statistics.median(positions),
+    }

@@ -1,0 +1,386 @@
+"""Quality, measured: retrieval, question answering, and the fit of the probability that there is an answer.
+
+Each function takes a collection and questions and gives rows of figures; the command line prints them. A set's
+documents are written out as files and ingested as a user's would be, so what is measured is the whole way.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+import string
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from l2m_rag import qa
+from l2m_rag.collection import Collection, load_language_model
+from l2m_rag.errors import MissingExtraError, UsageError
+from l2m_rag.memory_tiers.records import Passage
+from l2m_rag.tasks import Task, TaskSet
+
+if TYPE_CHECKING:
+    from l2m_rag.config import Settings
+    from l2m_rag.indexers.pipeline import Progress
+    from l2m_rag.memory_tiers.long_term import Fusion, Mode
+
+Told = Callable[[int, int], object]
+"""Called with (questions done, questions in all)."""
+
+RETRIEVALS: tuple[tuple[str, Mode, Fusion], ...] = (
+    ("dense", "dense", "scores"),
+    ("text (BM25)", "text", "scores"),
+    ("hybrid, reciprocal rank", "hybrid", "rrf"),
+    ("hybrid (default)", "hybrid", "scores"),
+)
+_DEPTH = 10
+_RESAMPLES = 1000  # of the bootstrap
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+
+
+@dataclass(frozen=True, slots=True)
+class RetrievalRow:
+    """How well one way of searching finds the documents that hold the answers.
+
+    Args:
+        search: the way.
+        questions: number of questions.
+        recall_1: share of questions whose document (or a passage with an answer) comes first.
+        recall_5: the same among the first five.
+        recall_10: the same among the first ten.
+        mrr: mean reciprocal rank, 0 beyond the tenth.
+        ndcg_10: normalised discounted cumulative gain of the first ten.
+        p50_ms: median time of a search, the question's embedding included.
+    """
+
+    search: str
+    questions: int
+    recall_1: float
+    recall_5: float
+    recall_10: float
+    mrr: float
+    ndcg_10: float
+    p50_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class QARow:
+    """How well questions are answered; shares in [0, 1], each with the half-width of its 95 % interval in `half`.
+
+    Args:
+        evidence: "gold document" or "own search".
+        questions: answerable questions.
+        em: exact match after SQuAD's normalisation, answering always.
+        f1: token F1, answering always.
+        answered: share of the answerable questions that get an answer at the threshold.
+        f1_answered: token F1 of those.
+        auroc: of the probability, answerable against unanswerable questions.
+        citation_precision: share of the answers whose first citation lies in a document that holds the answer, in a
+            sentence with a gold answer.
+        verbatim: share of all quotes that stand at their offsets, character by character.
+        first_token_ms: median.
+        half: half-widths of the intervals, by field.
+    """
+
+    evidence: str
+    questions: int
+    em: float
+    f1: float
+    answered: float
+    f1_answered: float
+    auroc: float
+    citation_precision: float
+    verbatim: float
+    first_token_ms: float
+    half: dict[str, float] = field(default_factory=dict)
+
+
+def collection_of(tasks: TaskSet, settings: Settings, progress: Callable[[Progress], None] | None = None) -> Collection:
+    """Write the documents of a set to the home, ingest them, and give their collection; a second call is quick."""
+    folder = settings.home / "eval" / tasks.name
+    documents = folder / "documents"
+    documents.mkdir(parents=True, exist_ok=True)
+    for name, text in tasks.documents.items():
+        path = documents / (name if name.endswith(".txt") else f"{name}.txt")
+        if not path.is_file():
+            path.write_text(text, encoding="utf-8", newline="")
+    collection = Collection(f"eval-{tasks.name}", folder / "collection", settings)
+    collection.ingest(documents, progress=progress)
+    return collection
+
+
+def sample(tasks: Sequence[Task], n: int | None, seed: int = 0) -> list[Task]:
+    """Give n of the tasks, chosen by chance but the same each time; all of them when n is None."""
+    if n is None or n >= len(tasks):
+        return list(tasks)
+    chosen = random.Random(seed).sample(range(len(tasks)), n)
+    return [tasks[index] for index in sorted(chosen)]
+
+
+# -- retrieval ---------------------------------------------------------------------------------------------------------
+def retrieval(collection: Collection, tasks: Sequence[Task], *, told: Told | None = None) -> list[RetrievalRow]:
+    """Measure dense, full-text and hybrid search.
+
+    A question with a `document` is about finding that document (its best passage counts); one without it is about
+    passages that hold one of its answers, pooled over all ways of searching.
+
+    Raises:
+        UsageError: no question says what is to be found.
+        MissingExtraError: pytrec-eval is not installed.
+    """
+    try:
+        import pytrec_eval
+    except ImportError as error:
+        raise MissingExtraError("pytrec-eval-terrier", "eval") from error
+    asked = [task for task in tasks if task.answerable and (task.document or task.answers)]
+    if not asked:
+        raise UsageError('no question says what is to be found: give "document" or "answers"')
+    runs: list[dict[str, dict[str, float]]] = []
+    relevant: dict[str, dict[str, int]] = {str(number): {} for number in range(len(asked))}
+    times: list[list[float]] = []
+    for way, (_, mode, fusion) in enumerate(RETRIEVALS):
+        run: dict[str, dict[str, float]] = {}
+        spent = []
+        for number, task in enumerate(asked):
+            began = time.perf_counter()
+            # two chunks of one document count once, so a few more are asked for than are looked at
+            hits = collection.search(task.question, 3 * _DEPTH, mode=mode, fusion=fusion)
+            spent.append((time.perf_counter() - began) * 1000)
+            ranked = _ranked(task, hits, relevant[str(number)])
+            run[str(number)] = {name: float(-rank) for rank, name in enumerate(ranked)}
+            if told:
+                told(way * len(asked) + number + 1, len(RETRIEVALS) * len(asked))
+        runs.append(run)
+        times.append(spent)
+    measures = {"success.1,5,10", "recip_rank", "ndcg_cut.10"}
+    found = [pytrec_eval.RelevanceEvaluator(relevant, measures).evaluate(run) for run in runs]
+    return [_retrieval_row(way[0], result, spent) for way, result, spent in zip(RETRIEVALS, found, times, strict=True)]
+
+
+def _ranked(task: Task, hits: Sequence[Passage], relevant: dict[str, int]) -> list[str]:
+    """Give the ids of what was found in order, and note which of them are right."""
+    if task.document:
+        relevant[task.document] = 1
+        names = [hit.chunk.document for hit in hits]
+    else:
+        names = [hit.chunk.id for hit in hits]
+        wanted = [_normal(answer) for answer in task.answers]
+        for hit in hits:
+            text = _normal(hit.chunk.text)
+            if any(answer and answer in text for answer in wanted):
+                relevant[hit.chunk.id] = 1
+    return list(dict.fromkeys(names))[:_DEPTH]
+
+
+def _retrieval_row(name: str, found: dict[str, dict[str, float]], spent: Sequence[float]) -> RetrievalRow:
+    def mean(measure: str) -> float:
+        # a question with nothing relevant in the pool is left out by pytrec-eval; it counts as missed
+        return round(sum(one.get(measure, 0.0) for one in found.values()) / len(spent), 4)
+
+    return RetrievalRow(
+        search=name,
+        questions=len(spent),
+        recall_1=mean("success_1"),
+        recall_5=mean("success_5"),
+        recall_10=mean("success_10"),
+        mrr=mean("recip_rank"),
+        ndcg_10=mean("ndcg_cut_10"),
+        p50_ms=round(float(np.median(spent)), 2),
+    )
+
+
+# -- answers -----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    em: float
+    f1: float
+    probability: float
+    cited: float
+    verbatim: list[bool]
+    first_token_ms: float
+
+
+def answers(
+    collection: Collection, tasks: Sequence[Task], *, gold: bool, free: bool = False, told: Told | None = None
+) -> QARow:
+    """Measure answers, citations and abstention.
+
+    Every question is answered without abstaining, so that one pass gives the scores of reading and, through the
+    probability, those at the threshold. To have unanswerable questions, those of the set are taken where it has any;
+    otherwise every question is asked again with its own document kept from the search.
+
+    Args:
+        collection: holds the tasks' documents.
+        tasks: with answers, and a document each where the gold document is to be read.
+        gold: read the document that holds the answer, instead of what the search finds.
+        free: let the model use its own words.
+        told: called after each question.
+    """
+    positive = [task for task in tasks if task.answerable and task.answers]
+    negative = [task for task in tasks if not task.answerable]
+    if not positive:
+        raise UsageError('no question has gold answers: give "answers"')
+    if gold and not all(task.document for task in positive):
+        raise UsageError('not every question names its document: give "document", or leave out --gold')
+    removed = not negative and all(task.document for task in positive)
+    jobs = [(task, _only(task) if gold else None) for task in positive + negative]
+    jobs += [(task, _without(task)) for task in positive] if removed else []
+    outcomes = []
+    for number, (task, where) in enumerate(jobs, 1):
+        outcomes.append(_outcome(collection, task, where, free))
+        if told:
+            told(number, len(jobs))
+    threshold = collection.settings.abstain_below
+    return _qa_row("gold document" if gold else "own search", outcomes, len(positive), threshold)
+
+
+def _only(task: Task) -> str | None:
+    return f"document = {_quoted(task.document)}" if task.document else None
+
+
+def _without(task: Task) -> str:
+    return f"document <> {_quoted(task.document)}"
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _outcome(collection: Collection, task: Task, where: str | None, free: bool) -> _Outcome:
+    answer = collection.ask(task.question, free=free, where=where, abstain_below=0.0)
+    cited = 0.0
+    if answer.citations:
+        first = answer.citations[0]
+        held = collection.text(first.document)
+        low, high = _sentence_around(held, first.start, first.end)
+        cited = float(
+            task.document in ("", first.document)
+            and any(_normal(gold) in _normal(held[low:high]) for gold in task.answers)
+        )
+    return _Outcome(
+        em=max((float(_normal(answer.answer) == _normal(gold)) for gold in task.answers), default=0.0),
+        f1=max((token_f1(answer.answer, gold) for gold in task.answers), default=0.0),
+        probability=answer.answerable_probability,
+        cited=cited,
+        verbatim=[collection.text(c.document)[c.start : c.end] == c.quote for c in answer.citations],
+        first_token_ms=answer.timings["first_token_ms"],
+    )
+
+
+def _sentence_around(text: str, start: int, end: int) -> tuple[int, int]:
+    low = max((match.end() for match in re.finditer(r"[.!?]\s|\n", text[:start])), default=0)
+    stop = re.search(r"[.!?](?:\s|$)|\n", text[end:])
+    return low, end + stop.end() if stop else len(text)
+
+
+def _qa_row(evidence: str, outcomes: Sequence[_Outcome], positive: int, threshold: float) -> QARow:
+    right, wrong = outcomes[:positive], outcomes[positive:]
+    kept = [one for one in right if one.probability >= threshold]
+    quotes = [fits for one in outcomes for fits in one.verbatim]
+    columns = {
+        "em": [one.em for one in right],
+        "f1": [one.f1 for one in right],
+        "answered": [float(one.probability >= threshold) for one in right],
+        "f1_answered": [one.f1 for one in kept],
+        "citation_precision": [one.cited for one in kept],
+    }
+    labels = [1] * len(right) + [0] * len(wrong)
+    probabilities = [one.probability for one in outcomes]
+    return QARow(
+        evidence=evidence,
+        questions=positive,
+        auroc=round(auroc(labels, probabilities), 4),
+        verbatim=round(sum(quotes) / len(quotes), 4) if quotes else math.nan,
+        first_token_ms=round(float(np.median([one.first_token_ms for one in outcomes])), 1),
+        half={name: round(half_width(values), 4) for name, values in columns.items()},
+        **{name: round(float(np.mean(values)), 4) if values else math.nan for name, values in columns.items()},
+    )
+
+
+# -- the probability that there is an answer ---------------------------------------------------------------------------
+def calibrate(collection: Collection, tasks: Sequence[Task], *, told: Told | None = None) -> dict[str, object]:
+    """Fit the weights of `qa.answerable_probability`: logistic regression over the evidence's features.
+
+    Each question is asked with its document in reach and with it kept from the search; the label is whether a passage
+    that was read holds a gold answer and comes from the document.
+
+    Returns:
+        The weights, and how they were fitted, as `l2m_rag/data/answerability.json` holds them.
+    """
+    try:
+        from sklearn.linear_model import LogisticRegression
+    except ImportError as error:
+        raise MissingExtraError("scikit-learn", "eval") from error
+    model = load_language_model(collection.settings)
+    if not isinstance(model, qa.Reader):
+        raise UsageError("the probability is fitted with a model that can quote; leave out --llm-url")
+    points: list[dict[str, float]] = []
+    labels: list[int] = []
+    jobs = [(task, where) for task in tasks if task.document and task.answers for where in (None, _without(task))]
+    for number, (task, where) in enumerate(jobs, 1):
+        hits = collection.search(task.question, collection.settings.passages, where=where)
+        read, _ = qa.within(hits, model, collection.settings.budget)
+        if read:
+            asked = qa.cut_question(task.question, model, collection.settings.budget)
+            ranked = qa.rank_sentences(asked, read, collection.closeness)
+            found, _ = qa.find_spans(asked, read, ranked[: collection.settings.focus], model)
+            points.append(qa.evidence_features(read, ranked, [span.score for span, _ in found]))
+            labels.append(int(any(_holds(task, passage) for passage in read)))
+        if told:
+            told(number, len(jobs))
+    names = list(points[0])
+    matrix = np.array([[point[name] for name in names] for point in points])
+    fitted = LogisticRegression(C=10.0, max_iter=1000).fit(matrix, labels)
+    weights = {"bias": float(fitted.intercept_[0]), **dict(zip(names, map(float, fitted.coef_[0]), strict=True))}
+    probabilities = [qa.logistic(weights, point) for point in points]
+    return {
+        "weights": {name: round(weight, 4) for name, weight in weights.items()},
+        "fitted": f"{len(points)} searches for {len(jobs) // 2} questions, {sum(labels)} of them with the answer found",
+        "auroc": round(auroc(labels, probabilities), 4),
+    }
+
+
+def _holds(task: Task, passage: Passage) -> bool:
+    text = passage.chunk.text
+    return passage.chunk.document == task.document and any(answer in text for answer in task.answers)
+
+
+# -- measures ----------------------------------------------------------------------------------------------------------
+def _normal(text: str) -> str:
+    """Normalise an answer as SQuAD's evaluation does: lower case, no punctuation, no articles, single spaces."""
+    bare = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return " ".join(_ARTICLES.sub(" ", bare).split())
+
+
+def token_f1(answer: str, gold: str) -> float:
+    """Give the F1 of the words of two answers, after SQuAD's normalisation."""
+    one, other = _normal(answer).split(), _normal(gold).split()
+    if not one or not other:
+        return float(one == other)
+    shared = sum((Counter(one) & Counter(other)).values())
+    return 2 * shared / (len(one) + len(other))
+
+
+def auroc(labels: Sequence[int], scores: Sequence[float]) -> float:
+    """Give the area under the ROC curve: how often a positive scores above a negative, ties counting half."""
+    high = np.array([score for score, label in zip(scores, labels, strict=True) if label])
+    low = np.array([score for score, label in zip(scores, labels, strict=True) if not label])
+    if not len(high) or not len(low):
+        return math.nan
+    above = (high[:, None] > low[None]).mean() + (high[:, None] == low[None]).mean() / 2
+    return float(above)
+
+
+def half_width(values: Sequence[float], seed: int = 0) -> float:
+    """Give half the width of the 95 % bootstrap interval of a mean."""
+    if not values:
+        return math.nan
+    array = np.asarray(values, dtype=np.float64)
+    rows = np.random.default_rng(seed).integers(0, len(array), (_RESAMPLES, len(array)))
+    low, high = np.percentile(array[rows].mean(axis=1), [2.5, 97.5])
+    return float(high - low) / 2

@@ -1,0 +1,192 @@
+"""Question sets: questions with their gold answers and documents, to measure on and to fit with.
+
+A set is read from JSON lines, zstd or plain, in whatever of the usual shapes they come: the passage in the line
+("context") or in a file of documents ("doc_id"), answers as strings or as {"text"}, "answerable" or "is_impossible".
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from l2m_rag.errors import MissingExtraError, UsageError
+
+DATA = "L2M_DATA"
+"""Environment variable that names the folder of the data sets."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A question with what is known of its answer.
+
+    Args:
+        id: of the question.
+        question: its text.
+        answers: the gold answers, each sufficient; empty when there is none or none is known.
+        document: the document that holds an answer (or would, were there one), "" when it is not known.
+        answerable: whether the document holds an answer.
+    """
+
+    id: str
+    question: str
+    answers: tuple[str, ...] = ()
+    document: str = ""
+    answerable: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSet:
+    """Questions and the documents they are asked of.
+
+    Args:
+        name: of the set.
+        documents: text by document id, distractors among them; empty when the questions are for a collection.
+        tasks: the questions.
+    """
+
+    name: str
+    documents: dict[str, str]
+    tasks: list[Task]
+
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """Where a set lies below the data folder, and whether it may be trained on."""
+
+    questions: tuple[str, ...]
+    documents: tuple[str, ...] = ()
+    distractors: tuple[str, ...] = ()
+    train: bool = False
+
+
+_WIKI = ("wiki_passages/2wiki_corpus.jsonl.zst", "wiki_passages/hotpot_corpus.jsonl.zst")
+_SQUAD2 = "squad_subset/squad2_small.jsonl.zst"
+
+SETS = {
+    # squad2's paragraphs stand among the passages of xquad: 7,430 in all
+    "xquad": _Files(("squad_subset/xquad_en.jsonl.zst",), distractors=(_SQUAD2, *_WIKI)),
+    "squad2": _Files((_SQUAD2,), distractors=("squad_subset/xquad_en.jsonl.zst", *_WIKI)),
+    "squad-train": _Files(("squad/squad11_train_subset.jsonl.zst",), distractors=_WIKI, train=True),
+    "nq": _Files(("nq_oracle/dev.jsonl.zst",), distractors=_WIKI),
+    "clapnq": _Files(("clapnq/dev.jsonl.zst",), distractors=_WIKI),
+    "policyqa": _Files(("policyqa/dev.jsonl.zst",)),
+    "covidqa": _Files(("covidqa/qa.jsonl.zst",), documents=("covidqa/docs.jsonl.zst",), train=True),
+    "cuad": _Files(("cuad/qa.jsonl.zst",), documents=("cuad/contracts.jsonl.zst",), train=True),
+}
+
+
+def data_folder(given: Path | None = None) -> Path:
+    """Give the folder of the data sets: the one given, `$L2M_DATA`, or `shared/data` beside the working folder.
+
+    Raises:
+        UsageError: there is no such folder.
+    """
+    named = given or (Path(os.environ[DATA]) if os.environ.get(DATA) else None)
+    places = [named] if named else [Path.cwd() / "shared/data", Path.cwd().parent / "shared/data"]
+    for place in places:
+        if place.is_dir():
+            return place
+    raise UsageError(f"there are no data sets in {places[-1]}; give their folder with --data DIR or {DATA}")
+
+
+def load_set(name: str, data: Path) -> TaskSet:
+    """Read one of `SETS`.
+
+    Raises:
+        UsageError: there is no such set, or a file of it is missing.
+    """
+    if name not in SETS:
+        raise UsageError(f"no question set named {name!r}; known: {', '.join(SETS)}")
+    files = SETS[name]
+    documents: dict[str, str] = {}
+    names: dict[str, str] = {}  # id by text, so that a passage that stands in two files is one document
+    for file in files.documents:
+        for row in rows(data / file):
+            documents[str(row["doc_id"])] = str(row.get("text") or row["context"])
+    tasks = []
+    for file in files.questions:
+        for row in rows(data / file):
+            document = str(row["doc_id"]) if files.documents else _document(row["context"], names, documents)
+            tasks.append(_task(row, document))
+    for file in files.distractors:
+        for row in rows(data / file):
+            _document(row.get("context") or row["text"], names, documents)
+    return TaskSet(name, documents, tasks)
+
+
+def load_file(path: Path) -> TaskSet:
+    """Read a user's own questions: lines of {"question", "answers", "document" or "context", "answerable"}.
+
+    Raises:
+        UsageError: a line cannot be used; the text names it.
+    """
+    documents: dict[str, str] = {}
+    names: dict[str, str] = {}
+    tasks = []
+    for number, row in enumerate(rows(path), 1):
+        if not isinstance(row.get("question", row.get("text")), str):
+            raise UsageError(f'{path}, line {number}: must be an object with a string "question"')
+        document = str(row.get("document") or "")
+        if row.get("context"):
+            document = _document(row["context"], names, documents)
+        tasks.append(_task({"id": number, **row}, document))
+    if not tasks:
+        raise UsageError(f"{path} holds no question")
+    return TaskSet(path.stem, documents, tasks)
+
+
+def rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Give the objects of a file of JSON lines, zstd-compressed when its name ends so.
+
+    Raises:
+        UsageError: the file is not there, or a line is no JSON object.
+    """
+    try:
+        stream: io.TextIOBase = _decompressed(path) if path.suffix == ".zst" else path.open(encoding="utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+    with stream:
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UsageError(f"{path}, line {number}: not valid JSON ({error})") from None
+            if not isinstance(row, dict):
+                raise UsageError(f"{path}, line {number}: must be a JSON object")
+            yield row
+
+
+def _decompressed(path: Path) -> io.TextIOBase:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise MissingExtraError("zstandard", "eval") from error
+    return zstandard.open(path, "rt", encoding="utf-8", newline="\n")  # type: ignore[no-any-return]
+
+
+def _task(row: dict[str, Any], document: str) -> Task:
+    answers = [answer["text"] if isinstance(answer, dict) else str(answer) for answer in row.get("answers") or []]
+    answerable = not row["is_impossible"] if "is_impossible" in row else bool(row.get("answerable", True))
+    return Task(
+        id=str(row.get("id")),
+        question=str(row.get("question", row.get("text"))),
+        answers=tuple(dict.fromkeys(answers)) if answerable else (),
+        document=document,
+        answerable=answerable,
+    )
+
+
+def _document(text: object, names: dict[str, str], documents: dict[str, str]) -> str:
+    """Give the id of a passage, which becomes a document when it is new."""
+    key = str(text)
+    if key not in names:
+        names[key] = f"{len(names):05d}.txt"
+        documents[names[key]] = key
+    return names[key]

@@ -1,0 +1,178 @@
+"""The measures: equal to their definitions, and moved by what they are to measure."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from l2m_rag import evaluate, qa
+from l2m_rag.collection import Collection
+from l2m_rag.config import Settings
+from l2m_rag.errors import UsageError
+from l2m_rag.memory_tiers.records import Chunk, Passage
+from l2m_rag.tasks import Task, TaskSet
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "f1"),
+    [
+        ("the Eiffel Tower", "Eiffel Tower", 1.0),
+        ("Tower", "Eiffel Tower", 2 / 3),
+        ("a b b", "b b c", 0.8),  # "a" is an article
+        ("nothing alike", "quite another", 0.0),
+        ("", "", 1.0),
+        ("", "something", 0.0),
+        ("The", "an", 1.0),  # both empty once the articles are gone
+    ],
+)
+def test_f1_is_that_of_squad(answer: str, gold: str, f1: float) -> None:
+    assert evaluate.token_f1(answer, gold) == pytest.approx(f1)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 5)), min_size=2, max_size=40))
+def test_auroc_is_the_share_of_pairs_in_order(pairs: list[tuple[bool, int]]) -> None:
+    labels, scores = [int(label) for label, _ in pairs], [float(score) for _, score in pairs]
+    high = [s for label, s in zip(labels, scores, strict=True) if label]
+    low = [s for label, s in zip(labels, scores, strict=True) if not label]
+    found = evaluate.auroc(labels, scores)
+    if not high or not low:
+        assert math.isnan(found)
+        return
+    pairs_in_order = sum((h > s) + (h == s) / 2 for h in high for s in low) / (len(high) * len(low))
+    assert found == pytest.approx(pairs_in_order)
+
+
+def test_the_interval_narrows_with_more_questions() -> None:
+    few, many = [0.0, 1.0] * 20, [0.0, 1.0] * 500
+    assert evaluate.half_width(few) > 3 * evaluate.half_width(many) > 0
+    # 1.96 standard errors
+    assert evaluate.half_width(many) == pytest.approx(1.96 * np.std(many) / math.sqrt(len(many)), rel=0.15)
+
+
+def test_a_sample_is_the_same_each_time_and_keeps_the_order() -> None:
+    tasks = [Task(str(number), "?") for number in range(100)]
+    taken = evaluate.sample(tasks, 10)
+    assert taken == evaluate.sample(tasks, 10)
+    assert [int(task.id) for task in taken] == sorted(int(task.id) for task in taken)
+    assert evaluate.sample(tasks, None) == tasks
+
+
+class Shelf:
+    """A collection whose search gives what a test has put here, by mode."""
+
+    def __init__(self, hits: dict[str, list[Passage]]) -> None:
+        self.hits = hits
+        self.settings = Settings()
+
+    def search(self, text: str, k: int, *, mode: str, fusion: str) -> list[Passage]:
+        return self.hits[mode][:k]
+
+
+def passage(document: str, text: str = "text", start: int = 0) -> Passage:
+    return Passage(Chunk(f"{document}:{start}", document, 0, None, "", start, start + len(text), text), 1.0)
+
+
+def test_documents_are_ranked_once_however_many_chunks_they_have() -> None:
+    hits = [passage("a"), passage("a", start=9), passage("b"), passage("c")]
+    shelf: Any = Shelf({"dense": hits, "text": hits[::-1], "hybrid": hits})
+    rows = evaluate.retrieval(shelf, [Task("1", "?", document="b"), Task("2", "?", document="nowhere")])
+    dense, text = rows[0], rows[1]
+    assert (dense.recall_1, dense.recall_5, dense.mrr) == (0.0, 0.5, 0.25)
+    assert dense.ndcg_10 == pytest.approx(1 / math.log2(3) / 2, abs=1e-3)
+    assert (text.recall_1, text.mrr) == (0.0, 0.25)
+    assert dense.questions == 2
+
+
+def test_without_a_document_a_passage_that_holds_an_answer_is_right() -> None:
+    hits = [passage("a", "nothing"), passage("b", "It was Ada Lovelace.")]
+    shelf: Any = Shelf({"dense": hits, "text": hits[:1], "hybrid": hits})
+    rows = evaluate.retrieval(shelf, [Task("1", "?", answers=("ada lovelace",))])
+    assert [row.mrr for row in rows] == [0.5, 0.0, 0.5, 0.5]
+
+
+def test_questions_without_anything_to_find_are_refused() -> None:
+    shelf: Any = Shelf({})
+    with pytest.raises(UsageError, match='give "document" or "answers"'):
+        evaluate.retrieval(shelf, [Task("1", "?")])
+
+
+class Oracle:
+    """A collection that answers as a test says: by question and by whether its document is in reach."""
+
+    def __init__(self, say: Callable[[str, str | None], tuple[str, float, int]]) -> None:
+        self.say = say
+        self.settings = Settings(abstain_below=0.5)
+        self.kept = "Ada wrote it. Bob read it."
+
+    def text(self, document: str) -> str:
+        return self.kept
+
+    def ask(self, question: str, *, free: bool, where: str | None, abstain_below: float) -> qa.Answer:
+        assert abstain_below == 0.0
+        text, probability, start = self.say(question, where)
+        quote = self.kept[start : start + len(text)]
+        cited = [qa.Citation(1, "d", None, start, start + len(text), quote, 1.0)]
+        return qa.Answer(question, text, "span", False, probability, cited, [], {"first_token_ms": 5.0}, {})
+
+
+def test_answers_are_scored_and_the_document_is_hidden_for_abstention() -> None:
+    asked: list[str | None] = []
+
+    def say(question: str, where: str | None) -> tuple[str, float, int]:
+        asked.append(where)
+        return ("Bob", 0.1, 14) if where and "<>" in where else ("Ada", 0.9, 0)
+
+    oracle: Any = Oracle(say)
+    row = evaluate.answers(oracle, [Task("1", "Who wrote it?", ("Ada",), "d'x")], gold=False)
+    assert asked == [None, "document <> 'd''x'"]
+    assert (row.em, row.f1, row.answered, row.auroc, row.verbatim) == (1.0, 1.0, 1.0, 1.0, 1.0)
+    assert row.citation_precision == 0.0  # the quote is right, but it is not the gold document's
+    found = evaluate.answers(oracle, [Task("1", "Who wrote it?", ("Ada",), "d")], gold=True)
+    assert found.citation_precision == 1.0
+    assert asked[2] == "document = 'd'"
+
+
+def test_a_forged_quote_is_found() -> None:
+    oracle: Any = Oracle(lambda question, where: ("Ada", 0.9, 0))
+    oracle.kept = "Ada wrote it."
+    forged = oracle.ask
+
+    def ask(question: str, **options: Any) -> qa.Answer:
+        answer: qa.Answer = forged(question, **options)
+        return replace(answer, citations=[replace(answer.citations[0], quote="Eve")])
+
+    oracle.ask = ask
+    row = evaluate.answers(oracle, [Task("1", "Who?", ("Ada",), "d")], gold=True)
+    assert row.verbatim == 0.0
+
+
+def test_a_wrong_citation_lowers_precision() -> None:
+    oracle: Any = Oracle(lambda question, where: ("Bob", 0.9, 14))
+    row = evaluate.answers(oracle, [Task("1", "Who wrote it?", ("Ada",), "d")], gold=True)
+    assert (row.em, row.citation_precision) == (0.0, 0.0)
+
+
+def test_a_set_becomes_files_and_a_collection_and_is_made_once(embedder: Path, tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path, embedder=str(embedder), chunk_size=64)
+    tasks = TaskSet("small", {"00000.txt": "The lease ends in May.\r\nYes.", "x": "Rent is due."}, [])
+    made = evaluate.collection_of(tasks, settings)
+    assert sorted(row.id for row in made.documents()) == ["00000.txt", "x.txt"]
+    assert made.text("00000.txt") == "The lease ends in May.\r\nYes."
+    assert isinstance(evaluate.collection_of(tasks, settings), Collection)
+    found = evaluate.retrieval(made, [Task("1", "lease", document="00000.txt")])
+    assert {row.recall_5 for row in found} == {1.0}
+
+
+def test_the_shipped_weights_were_fitted_and_point_the_right_way() -> None:
+    kept = json.loads((Path(qa.__file__).parent / "data" / "answerability.json").read_text())
+    assert kept["fitted"] != "not yet"
+    assert set(kept["weights"]) - {"bias"} == set(qa.evidence_features([passage("a")], [], [-1.0]))
