@@ -186,6 +186,20 @@ def plan(
     return work
 
 
+def foretell(name: str, work: Work, documents: dict[str, DocumentRow]) -> IngestReport:
+    """Say what an ingest of the planned files would do, as far as that can be known without reading them."""
+    report = IngestReport(name, unchanged=work.unchanged, failed=list(work.known_bad), dry_run=True)
+    report.removed = sum(1 for identity in work.gone if identity in documents and not documents[identity].error)
+    for file in work.todo:
+        if file.error:
+            report.failed.append(Failure(file.id, file.error.reason, file.error.detail))
+        elif file.id in documents and not documents[file.id].error:
+            report.updated += 1
+        else:
+            report.added += 1
+    return report
+
+
 def ingest(
     name: str,
     work: Work,

@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from l2m_rag.collection import Collection, load_embedder
+from l2m_rag.collection import Collection
 from l2m_rag.errors import L2MError, UsageError
 from l2m_rag.memory_tiers.hot_index import PROBES, HotIndex
 from l2m_rag.memory_tiers.lance_store import LanceStore
 from l2m_rag.memory_tiers.records import Chunk
+from l2m_rag.models import load_embedder
 
 if TYPE_CHECKING:
     from l2m_rag.config import Settings

@@ -8,41 +8,30 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import logging
 import os
 import shutil
-import struct
 import tempfile
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from l2m_rag import qa
 from l2m_rag.config import Settings, check_name, load_settings
-from l2m_rag.errors import CollectionNotFound, CorruptError, IncompatibleError, L2MError, LoadError, UsageError
-from l2m_rag.weights import DEFAULT_DECODER, DEFAULT_EMBEDDER, find
+from l2m_rag.errors import CollectionNotFound, CorruptError, IncompatibleError, LoadError, UsageError
+from l2m_rag.models import load_embedder, load_language_model
+from l2m_rag.weights import DEFAULT_EMBEDDER
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from l2m_rag.endpoint import Endpoint
-    from l2m_rag.generate import Decoder
     from l2m_rag.indexers.embedding import Embedder
-    from l2m_rag.indexers.pipeline import IngestReport, Limits, Progress, Work
-    from l2m_rag.memory_tiers.long_term import Fusion, LongTermTier, Manifest, Mode
+    from l2m_rag.indexers.pipeline import IngestReport, Limits, Progress
+    from l2m_rag.memory_tiers.long_term import Fusion, LongTermTier, Mode
     from l2m_rag.memory_tiers.records import DocumentRow, Passage
 
 logger = logging.getLogger(__name__)
-
-_EXPORT = ("manifest.json", "documents.arrow", "chunks.arrow", "checksums.json")  # the only members
-_MAX_DIMENSION = 65_536
-_ABANDONED = 86_400.0  # seconds after which a half-made import is taken for left behind
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +130,7 @@ class Collection:
         if dry_run:
             tier = self.tier() if self.exists() else None
             work = pipeline.plan(paths, tier.store if tier else None, limits, glob=glob, prune=prune)
-            return _foretell(self.name, work, tier.store.documents() if tier else {})
+            return pipeline.foretell(self.name, work, tier.store.documents() if tier else {})
         if not self.exists() and not pipeline.plan(paths, None, limits, glob=glob).todo:
             return pipeline.IngestReport(self.name)  # nothing to read: no collection is made for it
         if not self.exists():
@@ -362,27 +351,10 @@ class Collection:
         Raises:
             LockedError: another process is writing to the collection.
         """
-        import pyarrow as pa
+        from l2m_rag.memory_tiers.archive import write_archive
 
-        scratch = path.with_name(f".{path.name}.{os.getpid()}")
-        digests: dict[str, str] = {}
-        try:
-            with self._at_rest() as tier, zipfile.ZipFile(scratch, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-                members = {"manifest.json": json.dumps(asdict(tier.manifest)).encode()}
-                for name, table in tier.store.to_arrow().items():
-                    sink = pa.BufferOutputStream()
-                    with pa.ipc.new_file(sink, table.schema) as writer:
-                        writer.write_table(table)
-                    members[f"{name}.arrow"] = sink.getvalue().to_pybytes()
-                for name, content in members.items():
-                    archive.writestr(name, content)
-                    digests[name] = hashlib.sha256(content).hexdigest()
-                archive.writestr("checksums.json", json.dumps(digests))
-            with scratch.open("rb") as written:
-                os.fsync(written.fileno())
-            scratch.replace(path)
-        finally:
-            scratch.unlink(missing_ok=True)
+        with self._at_rest() as tier:
+            write_archive(tier, path)
         return path
 
     # -- inside ------------------------------------------------------------------------------------------------------
@@ -531,79 +503,13 @@ def import_collection(archive: Path, name: str, settings: Settings | None = None
         UsageError: the name is taken.
         CorruptError: the archive is not an export, or its checksums do not fit.
     """
-    import pyarrow as pa
-
-    from l2m_rag.memory_tiers.long_term import create_tier
+    from l2m_rag.memory_tiers.archive import restore_archive
 
     collection = open(name, settings=settings)
     if collection.exists():
         raise UsageError(f"there is a collection {name!r} already; delete it first or choose another name")
-    target = collection.path
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for left in target.parent.glob(".import-*"):
-        if time.time() - left.stat().st_mtime > _ABANDONED:
-            shutil.rmtree(left, ignore_errors=True)
-    # it is made aside and moved into place, so that it is there whole or not at all
-    scratch = Path(tempfile.mkdtemp(prefix=".import-", dir=target.parent))
-    try:
-        manifest, documents, chunks = _unpack(archive)
-        tier = create_tier(scratch / "collection", manifest)
-        tier.store.add_arrow(documents, chunks)
-        if tier.store.damaged():
-            raise CorruptError("what is stored of some chunks has been altered")
-        tier.store.index_text()
-        (scratch / "collection").rename(target)
-    except (CorruptError, zipfile.BadZipFile, EOFError, KeyError, ValueError, TypeError, pa.ArrowException) as error:
-        if isinstance(error, L2MError) and not isinstance(error, CorruptError):
-            raise
-        raise CorruptError(f"{archive} is not an export of a collection, or was altered ({error})") from error
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise UsageError(f"there is a folder {target} already; delete it or choose another name") from error
-        raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    restore_archive(archive, collection.path)
     return collection
-
-
-def _unpack(archive: Path) -> tuple[Manifest, pa.Table, pa.Table]:
-    """Read and check an export: its manifest, documents and chunks."""
-    import pyarrow as pa
-
-    from l2m_rag.memory_tiers.long_term import FORMAT, Manifest
-
-    members = _members(archive)
-    digests = json.loads(members.pop("checksums.json"))
-    for member, content in members.items():
-        if hashlib.sha256(content).hexdigest() != digests[member]:
-            raise CorruptError(f"{member} has another checksum")
-    found = json.loads(members["manifest.json"])
-    if int(found["format"]) > FORMAT:
-        raise IncompatibleError(
-            f"{archive} has format {found['format']}; this version reads up to {FORMAT}. Upgrade l2m-rag"
-        )
-    manifest = Manifest(**found)
-    if type(manifest.dimension) is not int or not 0 < manifest.dimension <= _MAX_DIMENSION:
-        raise CorruptError(f"its vectors have {manifest.dimension!r} dimensions")
-    tables = (pa.ipc.open_file(members[f"{table}.arrow"]).read_all() for table in ("documents", "chunks"))
-    return manifest, *tables
-
-
-def _members(archive: Path) -> dict[str, bytes]:
-    try:
-        with zipfile.ZipFile(archive) as source:
-            entries = source.infolist()
-            if sorted(entry.filename for entry in entries) != sorted(_EXPORT):
-                raise CorruptError("its members are not those of an export")
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-                raise CorruptError("its members are packed, as those of an export never are")
-            return {entry.filename: source.read(entry) for entry in entries}
-    except (RuntimeError, struct.error) as error:  # a password, a version or a method that zipfile does not know
-        raise CorruptError(str(error)) from error
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        raise CorruptError("its members lie outside of it") from error
 
 
 def _incomplete(rows: dict[str, DocumentRow], counts: dict[str, int]) -> list[str]:
@@ -637,55 +543,3 @@ def _bare(folder: Path, settings: Settings) -> Collection:
 
     made = read_manifest(folder).embedder
     return Collection(folder.name, folder, replace(settings, embedder="default" if made == DEFAULT_EMBEDDER else made))
-
-
-def _foretell(name: str, work: Work, documents: dict[str, DocumentRow]) -> IngestReport:
-    from l2m_rag.indexers.pipeline import Failure, IngestReport
-
-    report = IngestReport(name, unchanged=work.unchanged, failed=list(work.known_bad), dry_run=True)
-    report.removed = sum(1 for identity in work.gone if identity in documents and not documents[identity].error)
-    for file in work.todo:
-        if file.error:
-            report.failed.append(Failure(file.id, file.error.reason, file.error.detail))
-        elif file.id in documents and not documents[file.id].error:
-            report.updated += 1
-        else:
-            report.added += 1
-    return report
-
-
-def load_embedder(settings: Settings) -> Embedder:
-    """Give the embedder that the settings name, loaded once."""
-    if settings.embedder == "default":
-        return _load_embedder(str(find(DEFAULT_EMBEDDER, settings)), DEFAULT_EMBEDDER, settings.threads)
-    return _load_embedder(settings.embedder, settings.embedder, settings.threads)
-
-
-def load_language_model(settings: Settings) -> Decoder | Endpoint:
-    """Give the language model that the settings name, loaded once."""
-    if settings.llm_url:
-        return _load_endpoint(settings.llm_url, settings.llm_model, settings.llm_key)
-    if settings.model == "default":
-        return _load_decoder(str(find(DEFAULT_DECODER, settings)), DEFAULT_DECODER, settings.threads)
-    return _load_decoder(settings.model, settings.model, settings.threads)
-
-
-@lru_cache(maxsize=2)
-def _load_embedder(source: str, name: str, threads: int) -> Embedder:
-    from l2m_rag.indexers.embedding import Embedder
-
-    return Embedder(source, name=name, threads=threads)
-
-
-@lru_cache(maxsize=2)
-def _load_decoder(source: str, name: str, threads: int) -> Decoder:
-    from l2m_rag.generate import Decoder
-
-    return Decoder(source, name=name, threads=threads)
-
-
-@lru_cache(maxsize=8)
-def _load_endpoint(url: str, model: str, key: str) -> Endpoint:
-    from l2m_rag.endpoint import Endpoint
-
-    return Endpoint(url, model=model, key=key)

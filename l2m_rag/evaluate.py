@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from l2m_rag import qa
-from l2m_rag.collection import Collection, load_language_model
+from l2m_rag.collection import Collection
 from l2m_rag.errors import MissingExtraError, UsageError
 from l2m_rag.memory_tiers.records import Passage
+from l2m_rag.models import load_language_model
 from l2m_rag.tasks import Task, TaskSet
 
 if TYPE_CHECKING:

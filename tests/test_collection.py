@@ -26,6 +26,7 @@ import pyarrow as pa
 import pytest
 
 from l2m_rag import collection as library
+from l2m_rag import models
 from l2m_rag.collection import Collection, import_collection, list_collections
 from l2m_rag.config import Settings
 from l2m_rag.errors import (
@@ -65,7 +66,7 @@ def settings_in(home: Path) -> Settings:
 
 @pytest.fixture(autouse=True)
 def made(hashing: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(library, "_load_embedder", lambda *_: hashing)
+    monkeypatch.setattr(models, "_load_embedder", lambda *_: hashing)
     return hashing
 
 
@@ -132,7 +133,7 @@ def test_an_embedder_that_cannot_be_loaded_leaves_no_collection(
     def fail(*_: object) -> None:
         raise ModelError("no such model")
 
-    monkeypatch.setattr(library, "_load_embedder", fail)
+    monkeypatch.setattr(models, "_load_embedder", fail)
     with pytest.raises(ModelError):
         library.open("x", settings=settings).ingest(docs)
     assert not settings.home.exists()
@@ -644,7 +645,7 @@ def fill(embedder: Any, home: Path, docs: Path, big: Path) -> None:
 def main() -> None:
     sys.path.append(str(Path(__file__).parent))
     made = importlib.import_module("conftest").HashingEmbedder()
-    library._load_embedder = lambda *_: made  # type: ignore[assignment]
+    models._load_embedder = lambda *_: made  # type: ignore[assignment]
     home, docs, *big = map(Path, sys.argv[2:])
     if sys.argv[1] == "ingest":
         ingest(made, home, docs)

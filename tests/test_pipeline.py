@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from l2m_rag import collection as library
+from l2m_rag import models
 from l2m_rag.config import Settings
 from l2m_rag.indexers import pipeline
 from l2m_rag.indexers.pipeline import IngestReport, Limits, plan
@@ -418,7 +419,7 @@ def serve() -> None:
     """Fork for each order: a process that ingests a folder, and dies where the order says."""
     sys.path.append(str(Path(__file__).parent))
     made = importlib.import_module("conftest").HashingEmbedder()
-    library._load_embedder = lambda *_: made  # type: ignore[assignment]
+    models._load_embedder = lambda *_: made  # type: ignore[assignment]
     pipeline._BATCH = 24
     for line in sys.stdin:
         order = json.loads(line)
@@ -503,7 +504,7 @@ Check = Callable[[Path, Path], dict[str, Any]]
 @pytest.fixture
 def finish(hashing: Any, monkeypatch: pytest.MonkeyPatch) -> Check:
     """Ingests what is left, and gives what the collection then holds."""
-    monkeypatch.setattr(library, "_load_embedder", lambda *_: hashing)
+    monkeypatch.setattr(models, "_load_embedder", lambda *_: hashing)
 
     def run(home: Path, docs: Path) -> dict[str, Any]:
         collection = library.open("x", settings=settings_in(home))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import l2m_rag.collection
+import l2m_rag.models
 from l2m_rag.config import COLLECTION_NAME, Settings
 from l2m_rag.errors import CollectionNotFound, L2MError
 from l2m_rag.memory_tiers.long_term import Mode, read_manifest
@@ -121,13 +122,13 @@ class Library:
 
     def embedder(self) -> Embedder:
         """Give the embedder of the settings."""
-        return l2m_rag.collection.load_embedder(self.settings)
+        return l2m_rag.models.load_embedder(self.settings)
 
     def warm(self) -> None:
         """Load the models, so that the first question need not wait for them; what fails is logged."""
         try:
-            l2m_rag.collection.load_embedder(self.settings)
-            l2m_rag.collection.load_language_model(self.settings)
+            l2m_rag.models.load_embedder(self.settings)
+            l2m_rag.models.load_language_model(self.settings)
         except L2MError as error:
             logger.warning("%s", error)
 

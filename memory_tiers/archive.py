@@ -1,0 +1,116 @@
+"""A collection in one file: a zip of Arrow files and JSON with their checksums, read by fixed names only."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import struct
+import tempfile
+import time
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+
+import pyarrow as pa
+
+from l2m_rag.errors import CorruptError, IncompatibleError, L2MError, UsageError
+from l2m_rag.memory_tiers.long_term import FORMAT, LongTermTier, Manifest, create_tier
+
+_EXPORT = ("manifest.json", "documents.arrow", "chunks.arrow", "checksums.json")  # the only members
+_MAX_DIMENSION = 65_536
+_ABANDONED = 86_400.0  # seconds after which a half-made import is taken for left behind
+
+
+def write_archive(tier: LongTermTier, path: Path) -> None:
+    """Write a tier, which nobody is writing to, to an archive that is there whole or not at all."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    digests: dict[str, str] = {}
+    try:
+        with zipfile.ZipFile(scratch, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            members = {"manifest.json": json.dumps(asdict(tier.manifest)).encode()}
+            for name, table in tier.store.to_arrow().items():
+                sink = pa.BufferOutputStream()
+                with pa.ipc.new_file(sink, table.schema) as writer:
+                    writer.write_table(table)
+                members[f"{name}.arrow"] = sink.getvalue().to_pybytes()
+            for name, content in members.items():
+                archive.writestr(name, content)
+                digests[name] = hashlib.sha256(content).hexdigest()
+            archive.writestr("checksums.json", json.dumps(digests))
+        with scratch.open("rb") as written:
+            os.fsync(written.fileno())
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def restore_archive(archive: Path, target: Path) -> None:
+    """Make the folder of a collection from an archive; it is made aside and moved in, whole or not at all.
+
+    Raises:
+        UsageError: there is something at `target` already.
+        CorruptError: the archive is not an export, or its checksums do not fit.
+        IncompatibleError: a newer version wrote it.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for left in target.parent.glob(".import-*"):
+        if time.time() - left.stat().st_mtime > _ABANDONED:
+            shutil.rmtree(left, ignore_errors=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".import-", dir=target.parent))
+    try:
+        manifest, documents, chunks = read_archive(archive)
+        tier = create_tier(scratch / "collection", manifest)
+        tier.store.add_arrow(documents, chunks)
+        if tier.store.damaged():
+            raise CorruptError("what is stored of some chunks has been altered")
+        tier.store.index_text()
+        (scratch / "collection").rename(target)
+    except (CorruptError, zipfile.BadZipFile, EOFError, KeyError, ValueError, TypeError, pa.ArrowException) as error:
+        if isinstance(error, L2MError) and not isinstance(error, CorruptError):
+            raise
+        raise CorruptError(f"{archive} is not an export of a collection, or was altered ({error})") from error
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise UsageError(f"there is a folder {target} already; delete it or choose another name") from error
+        raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def read_archive(archive: Path) -> tuple[Manifest, pa.Table, pa.Table]:
+    """Read and check an export: its manifest, documents and chunks."""
+    members = _members(archive)
+    digests = json.loads(members.pop("checksums.json"))
+    for member, content in members.items():
+        if hashlib.sha256(content).hexdigest() != digests[member]:
+            raise CorruptError(f"{member} has another checksum")
+    found = json.loads(members["manifest.json"])
+    if int(found["format"]) > FORMAT:
+        raise IncompatibleError(
+            f"{archive} has format {found['format']}; this version reads up to {FORMAT}. Upgrade l2m-rag"
+        )
+    manifest = Manifest(**found)
+    if type(manifest.dimension) is not int or not 0 < manifest.dimension <= _MAX_DIMENSION:
+        raise CorruptError(f"its vectors have {manifest.dimension!r} dimensions")
+    tables = (pa.ipc.open_file(members[f"{table}.arrow"]).read_all() for table in ("documents", "chunks"))
+    return manifest, *tables
+
+
+def _members(archive: Path) -> dict[str, bytes]:
+    try:
+        with zipfile.ZipFile(archive) as source:
+            entries = source.infolist()
+            if sorted(entry.filename for entry in entries) != sorted(_EXPORT):
+                raise CorruptError("its members are not those of an export")
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise CorruptError("its members are packed, as those of an export never are")
+            return {entry.filename: source.read(entry) for entry in entries}
+    except (RuntimeError, struct.error) as error:  # a password, a version or a method that zipfile does not know
+        raise CorruptError(str(error)) from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise CorruptError("its members lie outside of it") from error
