@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 Vectors = np.ndarray[tuple[int, int], np.dtype[np.float32]]
 Span = tuple[int, int]
 
-_TOKENS_PER_BATCH = 8192
+_TOKENS_PER_BATCH = 2048  # few enough to stay in a processor's cache
+_TOKENS_PER_BATCH_GPU = 65_536
 
 
 class Embedder:
@@ -103,14 +104,19 @@ class Embedder:
         return vectors
 
     def _batches(self, texts: Sequence[str]) -> list[list[int]]:
-        """Group texts of like length, longest first, about `_TOKENS_PER_BATCH` tokens a group."""
+        """Group texts of like length in tokens, longest first, so many tokens a group with padding.
+
+        Sorting by tokens leaves 4 % padding in the passages of Wikipedia, sorting by characters 20 to 30 %.
+        """
+        found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        lengths = [min(len(text), self.max_tokens) + 2 for text in found]
+        most = _TOKENS_PER_BATCH if str(self._model.device) == "cpu" else _TOKENS_PER_BATCH_GPU
         batches: list[list[int]] = []
         longest = 0
-        for row in sorted(range(len(texts)), key=lambda row: -len(texts[row])):
-            # about four characters a token; the window is the most that a text can cost
-            if not batches or len(batches[-1]) * longest >= _TOKENS_PER_BATCH:
+        for row in sorted(range(len(texts)), key=lambda row: -lengths[row]):
+            if not batches or (len(batches[-1]) + 1) * longest > most:
                 batches.append([])
-                longest = min(len(texts[row]) // 4 + 2, self.max_tokens + 2)
+                longest = lengths[row]
             batches[-1].append(row)
         return batches
 

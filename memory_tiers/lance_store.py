@@ -98,6 +98,7 @@ class LanceStore:
 
     def __init__(self, folder: Path, dimension: int, *, create: bool = False) -> None:
         self.folder = folder
+        self._manifests: list[list[str]] | None = None  # names, as of the last refresh
         self.dimension = dimension
         # row ids that survive compaction are what lets the hot index refer to rows
         self._database = lancedb.connect(str(folder), storage_options={"new_table_enable_stable_row_ids": "true"})
@@ -270,10 +271,20 @@ class LanceStore:
         return sum(1 for _ in (self.folder / "chunks.lance" / "_versions").glob("*.damaged"))
 
     def refresh(self) -> None:
-        """Look at the newest version, which another process may have written."""
+        """Look at the newest version, which another process may have written.
+
+        Each commit adds a manifest of its own, so the names in two folders tell (0.1 ms) whether Lance need be asked.
+        """
+        try:
+            manifests = [os.listdir(self.folder / f"{table}.lance" / "_versions") for table in ("chunks", "documents")]
+        except OSError:
+            manifests = None
+        if manifests is not None and manifests == self._manifests:
+            return
         with self._reading():
             self._chunks.checkout_latest()
             self._documents.checkout_latest()
+        self._manifests = manifests
 
     def optimize(self) -> None:
         """Merge small files, drop versions older than an hour, and bring the full-text index up to date."""

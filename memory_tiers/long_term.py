@@ -7,6 +7,7 @@ default fusion adds the cosine and the BM25 score scaled by the best BM25 score 
 
 from __future__ import annotations
 
+import heapq
 import json
 import os
 import socket
@@ -118,7 +119,7 @@ class LongTermTier:
         if mode != "dense" and any(letter.isalnum() for letter in text):
             lexical = self.store.full_text(text[:_LONGEST_TEXT], depth, where)
         cosines = hot.cosines(lexical[0], vector) if vector is not None else np.full(len(lexical[0]), np.nan)
-        return self._passages(_fuse(dense, lexical, cosines, fusion)[:k])
+        return self._passages(_fuse(dense, lexical, cosines, fusion, k))
 
     def _passages(self, ranked: list[_Candidate]) -> list[Passage]:
         chunks = self.store.fetch([candidate.row for candidate in ranked])
@@ -137,7 +138,7 @@ class _Candidate:
 
 
 def _fuse(
-    dense: tuple[RowIds, Scores], lexical: tuple[RowIds, Scores], cosines: Scores, fusion: Fusion
+    dense: tuple[RowIds, Scores], lexical: tuple[RowIds, Scores], cosines: Scores, fusion: Fusion, k: int
 ) -> list[_Candidate]:
     """Merge the two halves; ties go by row id, so that the order never depends on chance.
 
@@ -146,6 +147,7 @@ def _fuse(
         lexical: row ids and BM25 scores, best first.
         cosines: cosine of each lexical row, NaN when there is none.
         fusion: "scores" or "rrf".
+        k: how many are given at most.
     """
     close = {int(row): float(score) for row, score in zip(*dense, strict=True)}
     worded = {int(row): float(score) for row, score in zip(*lexical, strict=True)}
@@ -162,8 +164,8 @@ def _fuse(
             return sum(1 / (_RRF_K + 1 + half[row]) for half in ranks if row in half)
         return close.get(row, 0.0) + _LEXICAL_WEIGHT * worded.get(row, 0.0) / best
 
-    rows = sorted(close.keys() | worded.keys(), key=lambda row: (-score(row), row))
-    return [_Candidate(row, score(row), close.get(row), worded.get(row)) for row in rows]
+    ranked = heapq.nsmallest(k, ((-score(row), row) for row in close.keys() | worded.keys()))
+    return [_Candidate(row, -below, close.get(row), worded.get(row)) for below, row in ranked]
 
 
 def create_tier(folder: Path, manifest: Manifest) -> LongTermTier:

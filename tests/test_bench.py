@@ -69,7 +69,7 @@ def test_bench_search_measures_each_way_and_finds_the_nearest(embedder: Path, tm
 
 
 def test_made_vectors_are_unit_and_come_in_topics() -> None:
-    vectors = bench.made_vectors(400)
+    vectors = bench.made_vectors(400, 384)
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     same = float(np.mean([vectors[i] @ vectors[i + 1] for i in range(0, 400, 20)]))
     other = float(np.mean([vectors[i] @ vectors[i + 40] for i in range(0, 300, 20)]))
