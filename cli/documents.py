@@ -101,11 +101,13 @@ def search(
     searches = _questions(text, queries, "--queries", "query")
     settings = settings_of(ctx, collection=collection)
     ready(ctx, settings, as_json=as_json, embedder=mode != "text")
+    from l2m_rag.memory_tiers.records import hits
+
     searched = opened(settings)
     for query in searches:
         passages = searched.search(query.text, k, mode=mode, where=where)
         if as_json:
-            output.say_json({"id": query.id, "query": query.text, "hits": output.hits(passages)})
+            output.say_json({"id": query.id, "query": query.text, "hits": hits(passages)})
         else:
             if queries:
                 output.say(f"# {output.one_line(query.text, 100)}")

@@ -199,23 +199,6 @@ def say_report(report: IngestReport, paths: Iterable[str]) -> None:
     say(f"{report.collection}: {would}{', '.join(words)}; {report.chunks:,} chunks in {report.seconds:.1f} s")
 
 
-def hits(passages: Iterable[Passage]) -> list[dict[str, object]]:
-    """Give passages as the command line's contract words them."""
-    return [
-        {
-            "rank": rank,
-            "chunk_id": passage.chunk.id,
-            "document": passage.chunk.document,
-            "page": passage.chunk.page,
-            "start": passage.chunk.start,
-            "end": passage.chunk.end,
-            "score": passage.score,
-            "text": passage.chunk.text,
-        }
-        for rank, passage in enumerate(passages, start=1)
-    ]
-
-
 def say_passages(passages: Sequence[Passage]) -> None:
     """Print passages: rank, document, page and heading, and how the text begins."""
     if not passages:

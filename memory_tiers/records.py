@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 Scalar = str | int | float | bool | None
@@ -121,3 +122,20 @@ class Passage:
     score: float
     dense: float | None = None
     lexical: float | None = None
+
+
+def hits(passages: Iterable[Passage]) -> list[dict[str, object]]:
+    """Give passages as the contract of the command line words them, best first."""
+    return [
+        {
+            "rank": rank,
+            "chunk_id": passage.chunk.id,
+            "document": passage.chunk.document,
+            "page": passage.chunk.page,
+            "start": passage.chunk.start,
+            "end": passage.chunk.end,
+            "score": passage.score,
+            "text": passage.chunk.text,
+        }
+        for rank, passage in enumerate(passages, start=1)
+    ]

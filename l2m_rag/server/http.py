@@ -25,9 +25,10 @@ from starlette.exceptions import HTTPException
 from l2m_rag import __version__
 from l2m_rag.config import Settings
 from l2m_rag.errors import L2MError
+from l2m_rag.memory_tiers.records import hits
 from l2m_rag.server import completions
 from l2m_rag.server.guard import Body, Guard, problem, refusal, server_names, url
-from l2m_rag.server.library import Library, hits
+from l2m_rag.server.library import Library
 from l2m_rag.server.streams import ClientGoneError, EventStream, event, unexpected, unless_gone
 from l2m_rag.server.worker import OnText, Say, Worker
 

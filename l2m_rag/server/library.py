@@ -155,23 +155,6 @@ class Library:
         return l2m_rag.collection.open(name, settings=self.settings).path
 
 
-def hits(passages: Sequence[Passage]) -> list[dict[str, object]]:
-    """Give passages with the fields of `l2m search --json`."""
-    return [
-        {
-            "rank": rank,
-            "chunk_id": passage.chunk.id,
-            "document": passage.chunk.document,
-            "page": passage.chunk.page,
-            "start": passage.chunk.start,
-            "end": passage.chunk.end,
-            "score": passage.score,
-            "text": passage.chunk.text,
-        }
-        for rank, passage in enumerate(passages, start=1)
-    ]
-
-
 def abstention(answer: Answer) -> str:
     """Say that there is no answer, as `l2m ask` does."""
     percent = round(100 * answer.answerable_probability)
