@@ -18,14 +18,11 @@ import typer
 from typer.core import TyperCommand
 
 from l2m_rag.cli import output
-from l2m_rag.config import COLLECTION_NAME, Settings, load_settings
+from l2m_rag.config import COLLECTION_NAME, LONGEST_QUESTION, Settings, load_settings
 from l2m_rag.errors import L2MError, UsageError
 
 if TYPE_CHECKING:
     from l2m_rag.collection import Collection
-
-MAX_QUESTION = 100_000
-"""Characters that a question may have: far above any question, far below what takes minutes to read."""
 
 
 class Command(TyperCommand):
@@ -159,8 +156,8 @@ def checked_question(text: str, what: str = "question") -> str:
     """
     if not text.strip():
         raise UsageError(f"the {what} is empty")
-    if len(text) > MAX_QUESTION:
-        raise UsageError(f"the {what} has more than {MAX_QUESTION:,} characters, which is the limit")
+    if len(text) > LONGEST_QUESTION:
+        raise UsageError(f"the {what} has more than {LONGEST_QUESTION:,} characters, which is the limit")
     if not any(map(str.isalnum, text)):
         raise UsageError(f"the {what} has no letter and no digit: {text.strip()[:40]!r}")
     # Bytes that were not UTF-8 arrive as lone surrogates, which no tokenizer takes.
@@ -170,7 +167,7 @@ def checked_question(text: str, what: str = "question") -> str:
 def read_question(text: str, what: str = "question") -> str:
     """Give the question typed, or for "-" what stands on standard input, checked."""
     if text == "-":
-        text = sys.stdin.read(MAX_QUESTION + 1)  # not all of it: `yes | l2m ask -` has no end
+        text = sys.stdin.read(LONGEST_QUESTION + 1)  # not all of it: `yes | l2m ask -` has no end
     return checked_question(text, what)
 
 

@@ -92,15 +92,13 @@ def ingest(folder: Path, settings: Settings, *, rounds: int = 3, told: Told = la
         rounds: the median of so many is given.
         told: called with what is being done.
     """
-    runs: dict[str, list[dict[str, Any]]] = {"ingest": [], "encode": []}
+    runs: dict[str, list[dict[str, Any]]] = {"ingest": [], "encode": [], "again": []}
     with tempfile.TemporaryDirectory(prefix="l2m-bench-") as scratch:
         for number in range(rounds):
             home = Path(scratch) / f"home-{number}"
             for what in runs:
                 told(f"round {number + 1} of {rounds}: {what}")
                 runs[what].append(_in_process(what, folder, settings, home))
-            told(f"round {number + 1} of {rounds}: again, nothing has changed")
-            runs.setdefault("again", []).append(_in_process("again", folder, settings, home))
             shutil.rmtree(home)
     middle = {what: _median_run(found) for what, found in runs.items()}
     chunks = middle["ingest"]["chunks"]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from l2m_rag import qa
-from l2m_rag.config import Settings, check_name, load_settings
+from l2m_rag.config import LONGEST_QUESTION, Settings, check_name, load_settings
 from l2m_rag.errors import CollectionNotFound, CorruptError, IncompatibleError, LoadError, UsageError
 from l2m_rag.models import load_embedder, load_language_model
 from l2m_rag.weights import DEFAULT_EMBEDDER
@@ -198,7 +198,7 @@ class Collection:
         self.tier()
         return qa.answer(
             question,
-            lambda text, k: self.search(text[: qa.LONGEST_QUESTION], k, where=where),
+            lambda text, k: self.search(text[:LONGEST_QUESTION], k, where=where),
             load_language_model(self.settings),
             passages=self.settings.passages,
             budget=self.settings.budget,

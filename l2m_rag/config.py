@@ -25,6 +25,7 @@ COLLECTION_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 """What a collection or a session may be called, to be matched in full: a name is also a folder's name."""
 
 PROJECT_FILE = "l2m.toml"
+LONGEST_QUESTION = 100_000  # characters: far above any question, far below what takes minutes to read
 SECRET = "***"
 
 _NAME_RULE = "1 to 64 of a-z, 0-9, '.', '_' and '-', and begin with a letter or a digit"

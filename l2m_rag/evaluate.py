@@ -254,10 +254,11 @@ def _quoted(text: str) -> str:
 
 def _outcome(collection: Collection, task: Task, where: str | None, free: bool) -> _Outcome:
     answer = collection.ask(task.question, free=free, where=where, abstain_below=0.0)
+    texts = {name: collection.text(name) for name in {citation.document for citation in answer.citations}}
     cited = 0.0
     if answer.citations:
         first = answer.citations[0]
-        held = collection.text(first.document)
+        held = texts[first.document]
         low, high = _sentence_around(held, first.start, first.end)
         cited = float(
             task.document in ("", first.document)
@@ -268,7 +269,7 @@ def _outcome(collection: Collection, task: Task, where: str | None, free: bool) 
         f1=max((token_f1(answer.answer, gold) for gold in task.answers), default=0.0),
         probability=answer.answerable_probability,
         cited=cited,
-        verbatim=[collection.text(c.document)[c.start : c.end] == c.quote for c in answer.citations],
+        verbatim=[texts[c.document][c.start : c.end] == c.quote for c in answer.citations],
         first_token_ms=answer.timings["first_token_ms"],
     )
 

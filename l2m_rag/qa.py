@@ -18,11 +18,11 @@ from importlib import resources
 from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
+from l2m_rag.config import LONGEST_QUESTION
 from l2m_rag.errors import UsageError
 from l2m_rag.generate import Span, milliseconds
 from l2m_rag.memory_tiers.records import Passage
 
-LONGEST_QUESTION = 100_000  # characters; what is behind the first thousands is not read anyway
 _QUESTION_SHARE = 4  # a question takes at most one in four of the positions
 _SYSTEM = "You answer questions with a few words copied from the given text."
 _SYSTEM_FREE = (

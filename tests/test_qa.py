@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from l2m_rag import qa
+from l2m_rag.config import LONGEST_QUESTION
 from l2m_rag.errors import UsageError
 from l2m_rag.generate import Span
 from l2m_rag.indexers.chunking import split
@@ -151,7 +152,7 @@ def test_the_budget_holds_and_the_best_passage_is_always_read() -> None:
     assert len(qa.answer("Who?", lambda _, k: hits, NeverFit(), abstain_below=0.0).steps[0]["read"]) == 1  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("question", ["", "   ", "?!...", "\n", "x" * (qa.LONGEST_QUESTION + 1)])
+@pytest.mark.parametrize("question", ["", "   ", "?!...", "\n", "x" * (LONGEST_QUESTION + 1)])
 def test_what_is_no_question_is_refused(question: str) -> None:
     with pytest.raises(UsageError, match="question"):
         qa.answer(question, lambda _, k: [], Words())
