@@ -27,6 +27,7 @@ import faiss as _faiss
 import numpy as np
 
 from l2m_rag.errors import UsageError
+from l2m_rag.memory_tiers.hot_chunks import HotChunks, write_chunks
 from l2m_rag.memory_tiers.lance_store import LanceStore, RowIds, Scores, Vector, Vectors
 
 faiss: Any = _faiss  # its stubs lack the keyword arguments of its search parameters
@@ -37,7 +38,7 @@ Mask = np.ndarray[tuple[int], np.dtype[np.bool_]]
 EXACT_BELOW = 50_000  # rows: an exact fp16 scan takes at most about 1.4 ms up to here
 PROBES = 32
 _TRAIN_PER_LIST = 64  # FAISS asks for at least 39 training vectors a list
-_FORMAT = 2
+_FORMAT = 3
 _TIE = 1e-5  # scores that differ by less may be those of equal vectors
 ABANDONED = 600.0  # seconds after which a scratch folder is taken for left behind
 _LIMITS = {"set_deserialization_vector_byte_limit": 1 << 36, "set_deserialization_loop_limit": 1 << 24}
@@ -54,6 +55,7 @@ class HotIndex:
         index: FAISS index over the first `indexed` rows.
         indexed: number of rows inside `index`; those behind are searched exactly.
         alive: (N,) bool, False for rows that were deleted.
+        chunks: of the first rows, mapped from the cache; None where no cache can be kept.
     """
 
     row_ids: RowIds
@@ -61,6 +63,7 @@ class HotIndex:
     index: Any
     indexed: int
     alive: Mask
+    chunks: HotChunks | None = None
     whole: bool = field(init=False)  # nothing is deleted
 
     def __post_init__(self) -> None:
@@ -173,7 +176,7 @@ def open_hot_index(folder: Path, store: LanceStore, embedder: str) -> HotIndex:
                 return caught_up
     index = _build(store)
     state = {"version": version, "stamp": store.stamp(version), "commits_lost": store.commits_lost}
-    _save(index, folder, {"format": _FORMAT, "embedder": embedder, **state})
+    index.chunks = _save(index, folder, store, {"format": _FORMAT, "embedder": embedder, **state})
     return index
 
 
@@ -189,6 +192,8 @@ def _catch_up(index: HotIndex, made_of: int, store: LanceStore) -> HotIndex | No
     at = np.searchsorted(index.row_ids, written)
     if len(written) and not np.array_equal(store.vectors(written).astype(np.float16), index.vectors[at]):
         return None
+    if index.chunks:
+        index.chunks.forget(written.tolist())
     vectors = index.vectors
     if len(added):
         vectors = np.concatenate([vectors, store.vectors(added).astype(np.float16)])
@@ -198,6 +203,7 @@ def _catch_up(index: HotIndex, made_of: int, store: LanceStore) -> HotIndex | No
         index=index.index,
         indexed=index.indexed,
         alive=np.concatenate([alive, np.ones(len(added), dtype=np.bool_)]),
+        chunks=index.chunks,
     )
 
 
@@ -234,33 +240,41 @@ def _float32(vectors: np.ndarray[Any, np.dtype[np.float16]]) -> Vectors:
     return np.ascontiguousarray(vectors, dtype=np.float32)
 
 
-def _save(index: HotIndex, folder: Path, key: dict[str, Any]) -> None:
-    """Write the cache beside its place and move it in; a disk that cannot be written leaves no cache, and no error."""
+def _save(index: HotIndex, folder: Path, store: LanceStore, key: dict[str, Any]) -> HotChunks | None:
+    """Write the cache beside its place, move it in, and give the chunks that are now in it.
+
+    A disk that cannot be written leaves no cache, and no error.
+    """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _sweep(folder)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError as error:
         logger.info("no hot index is kept in %s: %s", folder, error)
-        return
+        return None
     try:
         index.row_ids.tofile(scratch / "rows.i64")
         index.vectors.tofile(scratch / "vectors.f16")
         if hasattr(index.index, "nprobe"):
             faiss.write_index(index.index, str(scratch / "ivf.faiss"))
+        write_chunks(scratch / "chunks.arrow", store)
         files = {}
         for path in sorted(scratch.iterdir()):
             with path.open("rb") as stream:
                 files[path.name] = _sha256(stream)
         key = {**key, "files": files}
         (scratch / "cache.json").write_text(json.dumps({**key, "digest": _digest(key)}))
+        with (scratch / "chunks.arrow").open("rb") as stream:
+            chunks = HotChunks(stream)
         old = scratch.with_suffix(".old")
         if folder.exists():
             folder.rename(old)
         scratch.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
+        return chunks
     except (OSError, RuntimeError) as error:
         logger.info("no hot index is kept in %s: %s", folder, error)
+        return None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -298,9 +312,10 @@ def _load(folder: Path, embedder: str, dimension: int) -> tuple[HotIndex, dict[s
                 index = faiss.read_index(faiss.PyCallbackIOReader(streams["ivf.faiss"].read))
             else:
                 index = _faiss_index(vectors)
+            chunks = HotChunks(streams["chunks.arrow"])
         if index.ntotal != count or index.d != dimension:
             return None
-        return HotIndex(row_ids, vectors, index, count, np.ones(count, dtype=np.bool_)), key
+        return HotIndex(row_ids, vectors, index, count, np.ones(count, dtype=np.bool_), chunks), key
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         if folder.exists():
             logger.warning("the hot index in %s cannot be read and is built again: %s", folder, error)

@@ -185,7 +185,7 @@ class LanceStore:
     def chunks_of(self, document: str) -> list[Chunk]:
         """Give the chunks of a document in the order of its text."""
         table = self._scan(_CHUNK_COLUMNS, f"document IN ({next(_lists([document]))})")
-        return sorted(map(_chunk, table.to_pylist()), key=lambda chunk: chunk.start)
+        return sorted(map(chunk_of, table.to_pylist()), key=lambda chunk: chunk.start)
 
     def embeddings(self, document: str) -> dict[str, Vector]:
         """Give the embedding of each text that a chunk of a document has."""
@@ -226,13 +226,19 @@ class LanceStore:
                 ids = batch.column("_rowid").to_numpy().astype(np.int64)
                 yield ids, _matrix(batch.column("embedding"), self.dimension)
 
+    def all_chunks(self) -> Iterator[pa.RecordBatch]:
+        """Give all chunks with their row ids (`_rowid`), without embeddings, in batches; none for an empty table."""
+        query = self._chunks.search().with_row_id(True).select(_CHUNK_COLUMNS)
+        with self._reading():
+            yield from query.to_batches(8192)
+
     def fetch(self, row_ids: Sequence[int]) -> list[Chunk]:
         """Give the chunks of rows, in the order asked for."""
         if not len(row_ids):
             return []
         with self._reading():
             table = self._chunks.take_row_ids(list(row_ids)).with_row_id().select(_CHUNK_COLUMNS).to_arrow()
-        found = {row.pop("_rowid"): _chunk(row) for row in table.to_pylist()}
+        found = {row.pop("_rowid"): chunk_of(row) for row in table.to_pylist()}
         return [found[row] for row in row_ids if row in found]
 
     def full_text(self, text: str, k: int, where: str | None = None) -> tuple[RowIds, Scores]:
@@ -313,7 +319,7 @@ class LanceStore:
                 rows = batch.select([*_CHUNK_COLUMNS, "crc"]).to_pylist()
                 for row, vector in zip(rows, vectors, strict=True):
                     crc = row.pop("crc")
-                    if not _reads(row) or _crc(_chunk(row), vector) != crc:
+                    if not _reads(row) or _crc(chunk_of(row), vector) != crc:
                         bad.append(row["id"])
         return bad
 
@@ -466,7 +472,8 @@ def to_sql(where: str) -> str:
     return _METADATA.sub(look_up, where)
 
 
-def _chunk(row: dict[str, Any]) -> Chunk:
+def chunk_of(row: dict[str, Any]) -> Chunk:
+    """Make a chunk of the columns that are stored of it."""
     return Chunk(**{**row, "metadata": json.loads(row["metadata"] or "{}")})
 
 

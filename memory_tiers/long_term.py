@@ -119,13 +119,13 @@ class LongTermTier:
         if mode != "dense" and any(letter.isalnum() for letter in text):
             lexical = self.store.full_text(text[:_LONGEST_TEXT], depth, where)
         cosines = hot.cosines(lexical[0], vector) if vector is not None else np.full(len(lexical[0]), np.nan)
-        return self._passages(_fuse(dense, lexical, cosines, fusion, k))
-
-    def _passages(self, ranked: list[_Candidate]) -> list[Passage]:
-        chunks = self.store.fetch([candidate.row for candidate in ranked])
+        ranked = _fuse(dense, lexical, cosines, fusion, k)
+        rows = [candidate.row for candidate in ranked]
+        chunks = hot.chunks.fetch(rows) if hot.chunks else {}
+        missing = [row for row in rows if row not in chunks]  # written since, or no cache could be kept
+        chunks |= zip(missing, self.store.fetch(missing), strict=True)
         return [
-            Passage(chunk, candidate.score, candidate.dense, candidate.lexical)
-            for chunk, candidate in zip(chunks, ranked, strict=True)
+            Passage(chunks[candidate.row], candidate.score, candidate.dense, candidate.lexical) for candidate in ranked
         ]
 
 
