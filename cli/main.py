@@ -24,7 +24,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from l2m_rag.cli import collections, demo, doctor, documents, evaluation, models, output, serving, settings
+from l2m_rag.cli import collections, demo, doctor, documents, evaluation, models, output, serving, settings, training
 from l2m_rag.cli.options import Command, examples_kept
 from l2m_rag.errors import L2MError
 
@@ -101,6 +101,7 @@ app.command(cls=Command)(doctor.doctor)
 app.command(cls=Command)(demo.demo)
 app.command(cls=Command)(serving.serve)
 app.command(cls=Command)(serving.mcp)
+app.command(cls=Command)(training.train)
 
 
 def _version(show: bool) -> None:

@@ -16,7 +16,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, fields
 from datetime import timedelta
 from itertools import takewhile
@@ -100,8 +100,7 @@ class LanceStore:
         self.folder = folder
         self._manifests: list[list[str]] | None = None  # names, as of the last refresh
         self.dimension = dimension
-        # row ids that survive compaction are what lets the hot index refer to rows
-        self._database = lancedb.connect(str(folder), storage_options={"new_table_enable_stable_row_ids": "true"})
+        self._database = connect(folder)
         self._on_disk: set[str] = set()  # files that are known to have reached it
         if create:
             for name, schema in zip(_TABLES, (_DOCUMENTS, _chunks_schema(dimension)), strict=True):
@@ -110,13 +109,13 @@ class LanceStore:
             _index_words(table)
             self._settle()
         for name in _TABLES:
-            _heal(folder / f"{name}.lance")
+            heal(folder / f"{name}.lance")
         try:
             self._documents: Any = self._database.open_table("documents")
             self._chunks: Any = self._database.open_table("chunks")
         except (ValueError, RuntimeError, OSError) as error:
             raise CorruptError(
-                f"the tables in {folder} cannot be opened ({_first_line(error)}). "
+                f"the tables in {folder} cannot be opened ({first_line(error)}). "
                 f"Delete the collection and ingest again, or import an export"
             ) from error
         stored = self._chunks.schema.field("embedding").type.list_size
@@ -141,7 +140,7 @@ class LanceStore:
 
     def remove_documents(self, ids: Sequence[str]) -> None:
         """Delete documents and their chunks; the chunks first, so that a crash leaves the row that names them."""
-        for names in _lists(ids):
+        for names in sql_lists(ids):
             self._chunks.delete(f"document IN ({names})")
             self._documents.delete(f"id IN ({names})")
         if ids:
@@ -171,25 +170,25 @@ class LanceStore:
         """Delete the chunks of documents that are not among the ids kept of each; give how many there were."""
         ids = set().union(*kept.values())
         stale = [chunk for chunk in self.chunk_ids(list(kept)) if chunk not in ids]
-        for names in _lists(stale):
+        for names in sql_lists(stale):
             self._chunks.delete(f"id IN ({names})")
         return len(stale)
 
     def chunk_ids(self, documents: Sequence[str]) -> list[str]:
         """Give the ids of the chunks that the named documents have."""
         found: list[str] = []
-        for names in _lists(documents):
+        for names in sql_lists(documents):
             found += self._scan(["id"], f"document IN ({names})")["id"].to_pylist()
         return found
 
     def chunks_of(self, document: str) -> list[Chunk]:
         """Give the chunks of a document in the order of its text."""
-        table = self._scan(_CHUNK_COLUMNS, f"document IN ({next(_lists([document]))})")
+        table = self._scan(_CHUNK_COLUMNS, f"document IN ({next(sql_lists([document]))})")
         return sorted(map(chunk_of, table.to_pylist()), key=lambda chunk: chunk.start)
 
     def embeddings(self, document: str) -> dict[str, Vector]:
         """Give the embedding of each text that a chunk of a document has."""
-        table = self._scan(["text", "embedding"], f"document IN ({next(_lists([document]))})")
+        table = self._scan(["text", "embedding"], f"document IN ({next(sql_lists([document]))})")
         return dict(zip(table["text"].to_pylist(), _matrix(table["embedding"], self.dimension), strict=True))
 
     def chunks_per_document(self) -> dict[str, int]:
@@ -325,7 +324,7 @@ class LanceStore:
 
     def delete_chunks(self, ids: Sequence[str]) -> None:
         """Delete chunks by id."""
-        for names in _lists(ids):
+        for names in sql_lists(ids):
             self._chunks.delete(f"id IN ({names})")
         self._settle()
 
@@ -358,18 +357,9 @@ class LanceStore:
         with self._reading():
             return query.limit(None).to_arrow()
 
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Turn what Lance throws at unreadable files into an error that says what to do."""
-        try:
-            yield
-        except Exception as error:  # damaged files make Lance throw almost anything, also panics of its libraries
-            if isinstance(error, L2MError | MemoryError) or "(os error" in str(error):  # these are no damage
-                raise
-            raise CorruptError(
-                f"the tables in {self.folder} cannot be read ({_first_line(error)}). Run: l2m collections repair; "
-                f"if that does not help, delete the collection and ingest again, or import an export"
-            ) from error
+    def _reading(self) -> AbstractContextManager[None]:
+        remedy = "delete the collection and ingest again, or import an export"
+        return reading(self.folder, f"Run: l2m collections repair; if that does not help, {remedy}")
 
     def _filtered(self, read: Callable[[str | None], T], where: str | None) -> T:
         """Read with a filter of the user; one that cannot be used is told from tables that fail without it too."""
@@ -380,25 +370,51 @@ class LanceStore:
                 raise
             read(None)
             cause = error.__cause__ or error
-            raise UsageError(f"--where {where!r} cannot be used: {_first_line(cause)}") from cause
+            raise UsageError(f"--where {where!r} cannot be used: {first_line(cause)}") from cause
 
     def _settle(self) -> None:
-        """Wait until the files of the commits so far have reached the disk, and the folders that name them."""
-        folders: set[Path] = set()
-        for root, _, names in os.walk(self.folder):
-            for name in names:
-                path = os.path.join(root, name)
-                if path not in self._on_disk:
-                    with suppress(FileNotFoundError):  # a scratch file, or cleaned up by another process
-                        _fsync(path)
-                        folders |= {Path(root), Path(root).parent}
-                        self._on_disk.add(path)
-        for folder in folders:
-            with suppress(OSError):  # some file systems know no fsync of a folder
-                _fsync(folder)
+        settle(self.folder, self._on_disk)
 
 
-def _fsync(path: str | Path) -> None:
+def connect(folder: Path) -> Any:
+    """Open a folder of tables; the row ids of those made in it survive compaction, so that others can refer to rows."""
+    return lancedb.connect(str(folder), storage_options={"new_table_enable_stable_row_ids": "true"})
+
+
+@contextmanager
+def reading(folder: Path, remedy: str) -> Iterator[None]:
+    """Turn what Lance throws at unreadable files into an error that says what to do."""
+    try:
+        yield
+    except Exception as error:  # damaged files make Lance throw almost anything, also panics of its libraries
+        if isinstance(error, L2MError | MemoryError) or "(os error" in str(error):  # these are no damage
+            raise
+        raise CorruptError(f"the tables in {folder} cannot be read ({first_line(error)}). {remedy}") from error
+
+
+def settle(folder: Path, on_disk: set[str]) -> None:
+    """Wait until the files of the commits so far have reached the disk, and the folders that name them.
+
+    Args:
+        folder: of the tables.
+        on_disk: files that are known to have reached it; those that now have are added.
+    """
+    folders: set[Path] = set()
+    for root, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(root, name)
+            if path not in on_disk:
+                with suppress(FileNotFoundError):  # a scratch file, or cleaned up by another process
+                    fsync(path)
+                    folders |= {Path(root), Path(root).parent}
+                    on_disk.add(path)
+    for parent in folders:
+        with suppress(OSError):  # some file systems know no fsync of a folder
+            fsync(parent)
+
+
+def fsync(path: str | Path) -> None:
+    """Wait until a file or folder has reached the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -411,7 +427,7 @@ def _manifest(table: Path, version: int) -> Path:
     return table / "_versions" / f"{(1 << 64) - 1 - version:020d}.manifest"
 
 
-def _heal(table: Path) -> None:
+def heal(table: Path) -> None:
     """Set the newest manifests aside when they have no content, so that the table opens at the version before them.
 
     A power cut can leave them: Lance moves a manifest into place before its content has reached the disk.
@@ -510,11 +526,12 @@ def _storable(metadata: dict[str, Scalar]) -> dict[str, Scalar]:
     return {key: kept(value) for key, value in metadata.items()}
 
 
-def _lists(names: Sequence[str]) -> Iterator[str]:
+def sql_lists(names: Sequence[str]) -> Iterator[str]:
     """Give SQL lists of quoted names, `_IN_LIST` at a time."""
     for start in range(0, len(names), _IN_LIST):
         yield ", ".join("'" + name.replace("'", "''") + "'" for name in names[start : start + _IN_LIST])
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Give what an error of Lance says, without the places in its source."""
     return str(error).strip().split("\n")[0].split(", /")[0]

@@ -1,0 +1,215 @@
+"""Memory models and their states on disk: safetensors beside a JSON that says what they are.
+
+A checkpoint holds what was trained: memory, and LoRA, upper layers or a whole tiny backbone. The rest is the backbone
+that it names, whose fingerprint must fit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from l2m_rag.backbone import Backbone, fingerprint, load_backbone, tiny_backbone
+from l2m_rag.errors import CorruptError, IncompatibleError, L2MError, MissingExtraError
+from l2m_rag.memory_tiers.router import Plan
+from l2m_rag.memory_tiers.working import Records
+from l2m_rag.model import L2M
+from l2m_rag.model_config import L2MConfig
+from l2m_rag.state import State
+
+FORMAT = 1
+_SHARD_BYTES = 15_000_000
+
+
+def add_lora(backbone: Backbone, rank: int) -> None:
+    """Put LoRA adapters (arXiv 2106.09685) into the linear layers of the upper half, in place.
+
+    Raises:
+        MissingExtraError: peft is not installed.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise MissingExtraError("peft", "train") from error
+    numbers = "|".join(map(str, range(backbone.depth, backbone.n_layers)))
+    layers = rf"model\.layers\.({numbers})\..*_proj"
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers), backbone.causal_lm)
+
+
+def save_model(model: L2M, folder: Path, *, backbone: dict[str, Any], lora: int = 0) -> None:
+    """Write the trained part of a model, so that a folder of that name is whole or not there.
+
+    Args:
+        model: whose trainable weights are written.
+        folder: is replaced.
+        backbone: how it is made: `{"source": ...}` for `load_backbone`, or `{"tiny": {...}}` for `tiny_backbone`.
+        lora: rank of the adapters; 0 for none.
+    """
+    scratch = folder.with_name(f".{folder.name}.{os.getpid()}")
+    scratch.mkdir(parents=True)
+    trained = {
+        name: weight.detach().cpu().contiguous() for name, weight in model.named_parameters() if weight.requires_grad
+    }
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    for name, weight in trained.items():
+        taken = sum(part.numel() * part.element_size() for part in shards[-1].values())
+        if shards[-1] and taken + weight.numel() * weight.element_size() > _SHARD_BYTES:
+            shards.append({})
+        shards[-1][name] = weight
+    for number, shard in enumerate(shards):
+        save_file(shard, scratch / f"weights-{number:02}.safetensors")
+    described = {
+        "format": FORMAT,
+        "config": asdict(model.config),
+        "backbone": backbone,
+        "fingerprint": fingerprint(model.backbone),
+        "lora": lora,
+        "shards": len(shards),
+        "parameters": len(trained),
+    }
+    (scratch / "config.json").write_text(json.dumps(described, indent=1))
+    old = scratch.with_suffix(".old")
+    if folder.exists():
+        folder.rename(old)
+    scratch.rename(folder)
+    if old.exists():
+        import shutil
+
+        shutil.rmtree(old)
+
+
+def load_model(folder: Path, *, dtype: torch.dtype | None = None) -> L2M:
+    """Load a model that `save_model` wrote.
+
+    Raises:
+        L2MError: there is none.
+        IncompatibleError: it is of another format, or its backbone or its sizes do not fit.
+        CorruptError: a file cannot be read.
+    """
+    try:
+        described = json.loads((folder / "config.json").read_text())
+    except FileNotFoundError:
+        raise L2MError(f"{folder} holds no checkpoint (config.json is missing)") from None
+    except ValueError as error:
+        raise CorruptError(f"{folder / 'config.json'} cannot be read ({error}); train again or restore it") from error
+    if described.get("format") != FORMAT:
+        raise IncompatibleError(
+            f"checkpoint {folder} has format {described.get('format')}; this version reads {FORMAT}"
+        )
+    try:
+        sizes: Any = described["config"]
+        given: Any = {name: tuple(size) if isinstance(size, list) else size for name, size in sizes.items()}
+        config = L2MConfig(**given)
+        made = described["backbone"]
+        tiny = "tiny" in made
+        backbone = tiny_backbone(**made["tiny"]) if tiny else load_backbone(made["source"], config.depth, dtype=dtype)
+        shards, lora, marked = described["shards"], described["lora"], described["fingerprint"]
+        if lora:
+            add_lora(backbone, lora)
+        model = L2M(backbone, config)
+        weights: dict[str, torch.Tensor] = {}
+        for number in range(shards):
+            weights |= load_file(folder / f"weights-{number:02}.safetensors")
+    except (SafetensorError, OSError) as error:
+        raise CorruptError(f"the weights in {folder} cannot be read ({error})") from error
+    except (KeyError, TypeError) as error:
+        raise IncompatibleError(f"{folder / 'config.json'} does not describe a memory model: {error}") from error
+    _put(weights, model, folder)
+    if len(weights) != described["parameters"]:
+        raise CorruptError(f"{folder} holds {len(weights)} weights, its config.json says {described['parameters']}")
+    if fingerprint(backbone) != marked:
+        raise IncompatibleError(
+            f"{folder} was trained on backbone {marked}, this one is {fingerprint(backbone)}; give it the same weights"
+        )
+    return model.eval()
+
+
+@torch.no_grad()
+def _put(weights: dict[str, torch.Tensor], model: L2M, folder: Path) -> None:
+    own = dict(model.named_parameters())
+    for name, weight in weights.items():
+        if name not in own or own[name].shape != weight.shape:
+            here = tuple(own[name].shape) if name in own else "none"
+            raise IncompatibleError(f"{folder}: weight {name} is {tuple(weight.shape)}, the model takes {here}")
+    for name, weight in weights.items():
+        own[name].copy_(weight)
+
+
+# -- states ------------------------------------------------------------------------------------------------------------
+_FIELDS = ("slots", "window", "gist", "position", "step")
+
+
+def save_state(state: State, model: L2M, path: Path) -> None:
+    """Write the state of streams, so that a text is read once and can be asked at any time.
+
+    Raises:
+        CorruptError: the state holds numbers that are none.
+    """
+    _check_finite(state, "the state")
+    tensors = {name: getattr(state, name) for name in _FIELDS}
+    tensors |= {f"records.{name}": part for name, part in zip(Records._fields, state.records, strict=True)}
+    if state.window_real is not None:
+        tensors["window_real"] = state.window_real
+    told = {"format": FORMAT, "streams": state.streams, "model": _model_mark(model)}
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        whole = {name: part.detach().cpu().contiguous() for name, part in tensors.items()}
+        save_file(whole, scratch, metadata={"state": json.dumps(told)})
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def load_state(path: Path, model: L2M) -> State:
+    """Load the state of streams onto a model's device.
+
+    Raises:
+        L2MError: there is no such file.
+        IncompatibleError: another model made it.
+        CorruptError: it cannot be read, or holds numbers that are none.
+    """
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="pt", device=str(model.backbone.device)) as stored:
+            told = json.loads((stored.metadata() or {})["state"])
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  # it is no mapping
+    except FileNotFoundError:
+        raise L2MError(f"there is no state {path}") from None
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise CorruptError(f"the state {path} cannot be read ({error}); read the text again") from error
+    if told.get("format") != FORMAT or told.get("model") != _model_mark(model):
+        raise IncompatibleError(f"the state {path} was made by another model; read the text again with this one")
+    records = Records(*(tensors[f"records.{name}"] for name in Records._fields))
+    occupancy = (records.lengths > 0).float().mean(1)
+    with torch.no_grad():
+        plan: Plan = model.router(tensors["gist"], tensors["slots"], occupancy, torch.zeros_like(tensors["gist"]), 0)
+    state = State(
+        tensors["slots"], records, tensors["window"], tensors.get("window_real"), tensors["gist"], tensors["position"],
+        plan, tensors["step"], tuple(told["streams"]),
+    )  # fmt: skip
+    _check_finite(state, f"the state {path}")
+    return state
+
+
+def _check_finite(state: State, name: str) -> None:
+    for part in (state.slots, state.window, state.gist, state.records.values, state.records.keys):
+        if not bool(torch.isfinite(part).all()):
+            raise CorruptError(f"{name} holds entries that are not numbers; go back to one from before, or read again")
+
+
+def _model_mark(model: L2M) -> str:
+    """Give a hash of everything that a state depends on: the sizes, the encoder half, key head and slots."""
+    import hashlib
+
+    digest = hashlib.sha256(json.dumps([asdict(model.config), fingerprint(model.backbone)]).encode())
+    for weight in (model.router.key.weight, model.slots.initial, model.slots.value.weight):
+        digest.update(weight.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:24]

@@ -1,0 +1,203 @@
+"""Batches to train on: texts in segments with a question each, made fresh from a seed and a step.
+
+The same seed and step always give the same batch, so that a run that was interrupted goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from l2m_rag.errors import ConfigError
+from l2m_rag.losses import IGNORED, Episode
+from l2m_rag.probes import associative_recall, noise_sentences, vocabulary
+from l2m_rag.stories import Hidden, Story, hide, stories
+
+Make = Callable[[int, int], Episode]
+"""Called with (step, number of segments); gives a batch."""
+
+_MARKER = "\nAnswer:"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskRecipe:
+    """What is trained on.
+
+    Args:
+        kind: "associative_recall" (token ids, no tokenizer), "stories" (simulated worlds) or "books" (going on).
+        pairs: of a text; associative recall.
+        keys: different keys; associative recall.
+        values: different values; associative recall.
+        stories: their kinds, drawn in turn.
+        facts: fewest and most sentences of a story.
+        renamed: share of stories in other words.
+        noise: folder of books; stories are hidden in their sentences, and "books" reads them.
+        decoys: sentences about others that a story has hidden beside it, at most.
+    """
+
+    kind: Literal["associative_recall", "stories", "books"] = "associative_recall"
+    pairs: int = 8
+    keys: int = 32
+    values: int = 32
+    stories: tuple[str, ...] = ("qa1", "qa2", "qa3", "qa4", "qa5", "qa6", "qa7", "qa8", "qa9", "qa10")
+    facts: tuple[int, int] = (2, 20)
+    renamed: float = 0.5
+    noise: str = ""
+    decoys: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("associative_recall", "stories", "books"):
+            raise ConfigError(f"task.kind ({self.kind}) must be associative_recall, stories or books")
+        if self.kind == "books" and not self.noise:
+            raise ConfigError("task.noise must name a folder of books for task.kind books")
+        if not 0 <= self.renamed <= 1:
+            raise ConfigError(f"task.renamed ({self.renamed}) must be a share between 0 and 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Batches:
+    """Makes batches of one task.
+
+    Args:
+        task: which.
+        batch: texts in one.
+        segment_length: T.
+        seed: of all of them.
+        tokenizer: of the backbone; not needed for associative recall.
+    """
+
+    task: TaskRecipe
+    batch: int
+    segment_length: int
+    seed: int
+    tokenizer: Any = None
+    _sentences: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.task.kind != "associative_recall" and self.tokenizer is None:
+            raise ConfigError(f"task.kind {self.task.kind} needs a backbone with a tokenizer")
+        if self.task.noise:
+            self._sentences.extend(noise_sentences(Path(self.task.noise), at_least=10, count=_words))
+
+    def __call__(self, step: int, segments: int) -> Episode:
+        """Give the batch of a step, with texts of so many segments (of stories without noise: at most)."""
+        if self.task.kind == "associative_recall":
+            return self._recall(step, segments)
+        draw = random.Random(f"{self.seed} {step}")
+        makes = self._story if self.task.kind == "stories" else self._passage
+        return self.pack([makes(draw, segments) for _ in range(self.batch)])
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids that associative recall takes."""
+        return vocabulary(self.task.keys, self.task.values)
+
+    def _recall(self, step: int, segments: int) -> Episode:
+        task, T = self.task, self.segment_length
+        made = associative_recall(
+            np.random.default_rng([self.seed, step]),
+            batch=self.batch,
+            segments=segments,
+            pairs=min(task.pairs, segments * (T // 2)),
+            keys=task.keys,
+            values=task.values,
+            segment_length=T,
+        )
+        tokens, question = torch.from_numpy(made.tokens), torch.from_numpy(made.question)
+        B = len(tokens)
+        return Episode(
+            tokens,
+            torch.full((B, segments), T),
+            question,
+            torch.full((B,), question.shape[1]),
+            question[:, 1:],  # the key again: what follows it is the answer
+            torch.from_numpy(made.answer)[:, None],
+            torch.from_numpy(made.gold)[:, None] * T,
+        )
+
+    def _story(self, draw: random.Random, segments: int) -> Hidden:
+        task = self.task
+        kind, renamed = draw.choice(task.stories), draw.random() < task.renamed
+        story = next(islice(stories(kind, seed=draw.getrandbits(40), facts=task.facts, renamed=renamed), 1))
+        return as_hidden(story) if not self._sentences else self._hidden(story, draw, segments)
+
+    def _hidden(self, story: Story, draw: random.Random, segments: int) -> Hidden:
+        return hide(
+            story,
+            self._sentences,
+            draw,
+            length=int(0.9 * segments * self.segment_length),
+            count=lambda text: len(self._ids(text)),
+            decoys=draw.randint(0, self.task.decoys),
+        )
+
+    def _passage(self, draw: random.Random, segments: int) -> Hidden:
+        """Take sentences of a book as they follow each other, the last of which is to be written."""
+        taken: list[str] = []
+        at, size = draw.randrange(len(self._sentences) - 1000), 0
+        while size < segments * self.segment_length:
+            taken.append(self._sentences[at + len(taken)])
+            size += len(self._ids(taken[-1]))
+        *text, question, answer = taken
+        return Hidden(tuple(text), question, answer, (), "books")
+
+    def pack(self, made: Sequence[Hidden]) -> Episode:
+        """Lay texts out in segments; a sentence is not cut unless it is longer than a segment."""
+        T = self.segment_length
+        rows, gold = [], []
+        for one in made:
+            segments: list[list[int]] = [[]]
+            starts, position = [], 0
+            for sentence in one.sentences:
+                ids = self._ids(" " + sentence)[:T]
+                if len(segments[-1]) + len(ids) > T:
+                    segments.append([])
+                segments[-1] += ids
+                starts.append(position)
+                position += len(ids)
+            rows.append(segments)
+            gold.append([starts[number] for number in one.support])
+        marker = self._ids(_MARKER)
+        asked = [self._ids("\nQuestion: " + one.question)[:T] for one in made]
+        answers = [[*self._ids(" " + one.answer)[: T - len(marker)], self._end()] for one in made]
+        most = max(map(len, rows))
+        tokens = _padded([segment for row in rows for segment in [*row, *[[]] * (most - len(row))]], 0, T)
+        real = [[*map(len, row), *[0] * (most - len(row))] for row in rows]
+        fed = [marker + answer[:-1] for answer in answers]
+        told = [[IGNORED] * (len(marker) - 1) + answer for answer in answers]
+        return Episode(
+            tokens.view(len(made), most, T),
+            torch.tensor(real),
+            _padded(asked, 0),
+            torch.tensor(list(map(len, asked))),
+            _padded(fed, 0),
+            _padded(told, IGNORED),
+            _padded([found or [-1] for found in gold], -1),
+        )
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _end(self) -> int:
+        return int(self.tokenizer.eos_token_id)
+
+
+def as_hidden(story: Story) -> Hidden:
+    """Give a story without noise."""
+    return Hidden(story.sentences, story.question, story.answer, story.support, story.task)
+
+
+def _words(text: str) -> int:
+    return len(text.split())
+
+
+def _padded(rows: Sequence[Sequence[int]], filler: int, width: int = 0) -> torch.Tensor:
+    width = max(width, *map(len, rows))
+    return torch.tensor([[*row, *[filler] * (width - len(row))] for row in rows])

@@ -1,0 +1,396 @@
+"""Training: one recipe, one command, the same on a CPU, a GPU and several.
+
+A run writes to its folder: `metrics.jsonl`, a plot, `resume.pt` (everything that is needed to go on) and at its end
+`model/`. Run again, it goes on where it was; batches and chance depend on seed and step alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, cast, get_type_hints
+
+import torch
+from torch import nn
+
+from l2m_rag.backbone import Backbone, load_backbone, tiny_backbone
+from l2m_rag.checkpoint import add_lora, save_model
+from l2m_rag.episodes import Batches, TaskRecipe
+from l2m_rag.errors import ConfigError, CorruptError, L2MError, MissingExtraError
+from l2m_rag.losses import EpisodeLoss, LossWeights
+from l2m_rag.model import L2M
+from l2m_rag.model_config import L2MConfig
+
+Told = Callable[[dict[str, Any]], object]
+"""Called with the figures of a step."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BackboneRecipe:
+    """What the memory is put around.
+
+    Args:
+        source: "default", a folder or a hub id; "" makes a tiny random one of the sizes below.
+        dim: hidden size of the tiny one.
+        n_layers: its layers.
+        family: its shape.
+        vocab_size: its ids; 0 takes what the task needs.
+    """
+
+    source: str = ""
+    dim: int = 64
+    n_layers: int = 4
+    family: str = "llama"
+    vocab_size: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainRecipe:
+    """How it is trained.
+
+    Args:
+        steps: in all.
+        batch: texts in a step, over all devices.
+        lr: highest learning rate; it rises over `warmup` steps and falls linearly to a tenth.
+        warmup: steps.
+        weight_decay: of AdamW.
+        clip: largest norm of the gradient.
+        seed: of weights, batches and chance.
+        what: "all" weights, the "memory" alone, the memory and the "upper" layers, or the memory and "lora" adapters.
+        lora_rank: of the adapters.
+        segments: curriculum: the longest text, in segments, in equal parts of the run; lengths are drawn from 1 up.
+        exact: take texts of just that many segments instead.
+        teacher: share of hops in which the evidence is recalled, at the start and at the end.
+        hops: most hops.
+        memory: False trains the same model without memory.
+        bf16: train in bfloat16.
+        checkpointing: keep no activations of the layers, compute them again.
+        save_seconds: between resumable checkpoints.
+        log_every: steps.
+    """
+
+    steps: int = 1000
+    batch: int = 32
+    lr: float = 1e-3
+    warmup: int = 50
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    seed: int = 0
+    what: Literal["all", "memory", "upper", "lora"] = "lora"
+    lora_rank: int = 16
+    segments: tuple[int, ...] = (2, 3, 5, 8)
+    exact: bool = False
+    teacher: tuple[float, float] = (1.0, 0.2)
+    hops: int = 2
+    memory: bool = True
+    bf16: bool = False
+    checkpointing: bool = False
+    save_seconds: float = 120.0
+    log_every: int = 20
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "log_every", "hops", "lora_rank"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"train.{name} ({getattr(self, name)}) must be at least 1")
+        if self.what not in ("all", "memory", "upper", "lora"):
+            raise ConfigError(f"train.what ({self.what}) must be all, memory, upper or lora")
+        if not self.segments or min(self.segments) < 1:
+            raise ConfigError(f"train.segments ({list(self.segments)}) must be numbers from 1 up")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """A whole run; the tables of the TOML file."""
+
+    backbone: BackboneRecipe = field(default_factory=BackboneRecipe)
+    model: L2MConfig = field(default_factory=L2MConfig)
+    task: TaskRecipe = field(default_factory=TaskRecipe)
+    losses: LossWeights = field(default_factory=LossWeights)
+    train: TrainRecipe = field(default_factory=TrainRecipe)
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe.
+
+    Raises:
+        ConfigError: it cannot be read, or holds a name or a value that does not fit.
+    """
+    try:
+        with path.open("rb") as stream:
+            found = tomllib.load(stream)
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"recipe {path} cannot be read: {error}") from error
+    return cast(Recipe, _fill(Recipe, found, ""))
+
+
+def _fill(kind: Any, given: dict[str, Any], table: str) -> Any:
+    hints = get_type_hints(kind)
+    known = {one.name for one in fields(kind)}
+    values = {}
+    for name, value in given.items():
+        if name not in known:
+            raise ConfigError(f"the recipe has {table}{name}, which is none of: {', '.join(sorted(known))}")
+        hint = hints[name]
+        if is_dataclass(hint):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{table}{name} ({value!r}) must be a table")
+            values[name] = _fill(hint, value, f"{table}{name}.")
+            continue
+        if hint is float and type(value) is int:
+            value = float(value)
+        if isinstance(value, list):
+            value = tuple(value)
+        plain = hint if isinstance(hint, type) else (tuple if str(hint).startswith("tuple") else str)
+        if type(value) is not plain:
+            raise ConfigError(f"{table}{name} ({value!r}) must be of type {plain.__name__}")
+        values[name] = value
+    return kind(**values)
+
+
+def build(recipe: Recipe) -> tuple[L2M, dict[str, Any], Any]:
+    """Make the model of a recipe; give it, how its backbone is made, and the tokenizer (None for a tiny one)."""
+    torch.manual_seed(recipe.train.seed)
+    depth, told = recipe.model.depth, recipe.backbone
+    tokenizer = None
+    if told.source:
+        from transformers import AutoTokenizer
+
+        source = told.source
+        if source == "default":
+            from l2m_rag.config import load_settings
+            from l2m_rag.weights import DEFAULT_DECODER, find
+
+            source = str(find(DEFAULT_DECODER, load_settings({})[0]))
+        backbone = load_backbone(source, depth, dtype=torch.bfloat16 if recipe.train.bf16 else torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        made: dict[str, Any] = {"source": str(source)}
+    else:
+        ids = told.vocab_size or Batches(recipe.task, 1, recipe.model.segment_length, 0).vocab_size
+        sizes: dict[str, Any] = {
+            "vocab_size": ids, "dim": told.dim, "n_layers": told.n_layers, "depth": depth, "family": told.family,
+            "seed": recipe.train.seed,
+        }  # fmt: skip
+        backbone, made = tiny_backbone(**sizes), {"tiny": sizes}
+    _choose(backbone, recipe)
+    return L2M(backbone, recipe.model), made, tokenizer
+
+
+def _choose(backbone: Backbone, recipe: Recipe) -> None:
+    """Freeze what is not to be trained."""
+    what, lm = recipe.train.what, cast(Any, backbone.causal_lm)
+    if what != "all":
+        backbone.requires_grad_(False)
+    if what == "upper":
+        for number in range(backbone.depth, backbone.n_layers):
+            lm.model.layers[number].requires_grad_(True)
+    if what == "lora":
+        add_lora(backbone, recipe.train.lora_rank)
+    if recipe.train.checkpointing:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def train(recipe: Recipe, folder: Path, *, told: Told = lambda figures: None) -> dict[str, Any]:
+    """Train a model, or go on with it.
+
+    Args:
+        recipe: of the run.
+        folder: of the run; a run of another recipe in it is an error.
+        told: called with the figures of each logged step.
+
+    Returns:
+        Figures of the last step, `done`, and `seconds` of this call.
+
+    Raises:
+        L2MError: the folder holds another run.
+        MissingExtraError: accelerate is not installed.
+    """
+    try:
+        from accelerate import Accelerator
+        from accelerate.utils import DistributedDataParallelKwargs
+    except ImportError as error:
+        raise MissingExtraError("accelerate", "train") from error
+    accelerator: Any = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+    rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+    plan = recipe.train
+    if plan.batch % world:
+        raise ConfigError(f"train.batch ({plan.batch}) must be a multiple of the {world} processes")
+    model, made, tokenizer = build(recipe)
+    batches = Batches(recipe.task, plan.batch, recipe.model.segment_length, plan.seed, tokenizer)
+    loss: Any = EpisodeLoss(model, recipe.losses, hops=plan.hops, memory=plan.memory)
+    loss.train()
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=plan.lr, weight_decay=plan.weight_decay)
+    step = _resume(folder, recipe, model, optimizer)
+    loss, optimizer = accelerator.prepare(loss, optimizer)
+    began = saved = time.monotonic()
+    figures: dict[str, Any] = {}
+    with _stoppable() as stopped:
+        while step < plan.steps and not stopped:
+            torch.manual_seed(plan.seed * 1_000_003 + step)  # chance within a step depends on nothing before it
+            accelerator.unwrap_model(loss).teacher = _between(*plan.teacher, step / plan.steps)
+            whole = batches(step, _segments(plan, step))
+            part = type(whole)(*(piece[rank::world] for piece in whole)).to(accelerator.device)
+            for group in optimizer.param_groups:
+                group["lr"] = plan.lr * _rate(plan, step)
+            outcome = loss(part)
+            optimizer.zero_grad()
+            accelerator.backward(outcome.losses["total"])
+            norm = accelerator.clip_grad_norm_(trained, plan.clip)
+            optimizer.step()
+            step += 1
+            if step % plan.log_every == 0 or step == plan.steps:
+                figures = _figures(accelerator, outcome, step, time.monotonic() - began, norm)
+                if not math.isfinite(figures["total"]):
+                    raise L2MError(
+                        f"the loss is {figures['total']} at step {step}; go on from {folder} with a lower train.lr"
+                    )
+                if main:
+                    _append(folder / "metrics.jsonl", figures)
+                    told(figures)
+            if main and time.monotonic() - saved > plan.save_seconds:
+                _save(folder, recipe, model, optimizer, step)
+                saved = time.monotonic()
+    if main:
+        _save(folder, recipe, model, optimizer, step)
+        if step >= plan.steps:
+            save_model(model, folder / "model", backbone=made, lora=plan.lora_rank if plan.what == "lora" else 0)
+            plot(folder)
+    accelerator.wait_for_everyone()
+    return {**figures, "step": step, "done": step >= plan.steps, "seconds": round(time.monotonic() - began, 1)}
+
+
+def _segments(plan: TrainRecipe, step: int) -> int:
+    """Give how long the texts of a step are: the curriculum's longest, or any shorter."""
+    part = min(len(plan.segments) - 1, step * len(plan.segments) // plan.steps)
+    longest = plan.segments[part]
+    return longest if plan.exact else int(torch.randint(1, longest + 1, ()))
+
+
+def _rate(plan: TrainRecipe, step: int) -> float:
+    return min(1.0, (step + 1) / max(1, plan.warmup)) * _between(1.0, 0.1, step / plan.steps)
+
+
+def _between(first: float, last: float, share: float) -> float:
+    return first + (last - first) * share
+
+
+def _figures(accelerator: Any, outcome: Any, step: int, seconds: float, norm: Any) -> dict[str, Any]:
+    found = {name: float(accelerator.reduce(value.detach(), "mean")) for name, value in outcome.losses.items()}
+    found |= {name: float(accelerator.reduce(value.detach(), "mean")) for name, value in outcome.figures.items()}
+    return {"step": step, "seconds": round(seconds, 2), "gradient": round(float(norm), 4), **found}
+
+
+@contextmanager
+def _stoppable() -> Iterator[list[int]]:
+    """Turn SIGTERM and SIGINT into a list that fills, so that a step is finished and saved first."""
+    came: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+
+    try:
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # signals reach the main thread only
+        before = {}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# -- a run's folder ----------------------------------------------------------------------------------------------------
+def _mark(recipe: Recipe) -> str:
+    """Give the recipe as text, but for what may change between two parts of one run."""
+    told = asdict(recipe)
+    for name in ("save_seconds", "log_every"):
+        told["train"].pop(name)
+    return json.dumps(told, sort_keys=True)
+
+
+def _save(folder: Path, recipe: Recipe, model: nn.Module, optimizer: Any, step: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = {name: weight.detach().cpu() for name, weight in model.named_parameters() if weight.requires_grad}
+    scratch = folder / "resume.part"
+    torch.save({"step": step, "weights": kept, "optimizer": optimizer.state_dict(), "recipe": _mark(recipe)}, scratch)
+    scratch.replace(folder / "resume.pt")
+
+
+def _resume(folder: Path, recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Bring back what a run had reached; give its step, 0 for none."""
+    path = folder / "resume.pt"
+    if not path.exists():
+        return 0
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        step, weights, state, mark = (found[name] for name in ("step", "weights", "optimizer", "recipe"))
+    except Exception as error:  # whatever a damaged archive makes torch throw
+        raise CorruptError(f"{path} cannot be read ({error}); remove it to train from the start") from error
+    if mark != _mark(recipe):
+        raise L2MError(f"{folder} holds a run of another recipe; name another folder, or remove {path}")
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, weight in weights.items():
+            own[name].copy_(weight)
+    optimizer.load_state_dict(state)
+    _cut(folder / "metrics.jsonl", step)
+    return int(step)
+
+
+def _append(path: Path, figures: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as stream:
+        stream.write(json.dumps({name: _short(value) for name, value in figures.items()}) + "\n")
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """Give the figures that a run has logged, in order."""
+    try:
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def _cut(path: Path, step: int) -> None:
+    """Drop the figures of steps that are done again."""
+    kept = [line for line in metrics(path.parent) if line["step"] <= step]
+    if path.exists():
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+
+def plot(folder: Path) -> Path:
+    """Draw the losses and figures of a run into `metrics.png`."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    found = metrics(folder)
+    names = [name for name in found[-1] if name not in ("step", "seconds", "gradient")] if found else []
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for name in names:
+        steps = [line["step"] for line in found if name in line]
+        axis = axes[1] if name in ("right", "retrieved") else axes[0]
+        axis.plot(steps, [line[name] for line in found if name in line], label=name)
+    for axis, title in zip(axes, ("losses", "shares"), strict=True):
+        axis.set_xlabel("step")
+        axis.set_title(title)
+        axis.legend()
+    axes[0].set_yscale("log")
+    path = folder / "metrics.png"
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return path
