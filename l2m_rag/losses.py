@@ -162,7 +162,8 @@ class EpisodeLoss(nn.Module):
         """Look for the evidence, hop by hop, in any order; give what was recalled, losses and figures."""
         model, records = self.model, state.records
         gold = _holds(records, episode.gold)  # (B, R)
-        left, free = gold, (records.lengths > 0) & ~_in_window(state)
+        free = (records.lengths > 0) & ~_in_window(state)
+        left = gold & free  # what stands in the window is seen as it is
         plan = state.plan
         parts: list[Picked] = []
         retrieval: list[Tensor] = []

@@ -84,7 +84,7 @@ def report(
     if "recall" in rest and batches is not None:
         rows = []
         for memory in (True, False):
-            episodes = (batches(step, max(batches_segments(run))) for step in range(-(-trials // batches.batch)))
+            episodes = (batches(step, max(_segments_of(run))) for step in range(-(-trials // batches.batch)))
             shown, router = recall(model, episodes, memory=memory)
             rows.append({"memory": memory, **_flat(shown), "router": router if memory else {}})
             told(f"recall, memory {'on' if memory else 'off'}: {shown.share:.3f}")
@@ -126,8 +126,7 @@ def _model_of(run: Path | None) -> tuple[L2M, Any, Batches | None]:
     return model, tokenizer, batches
 
 
-def batches_segments(run: Path | None) -> tuple[int, ...]:
-    """Give the lengths of a run's texts, in segments."""
+def _segments_of(run: Path | None) -> tuple[int, ...]:
     return load_recipe(run / "recipe.toml").train.segments if run is not None else (1,)
 
 

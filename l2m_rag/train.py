@@ -194,7 +194,7 @@ def _choose(backbone: Backbone, recipe: Recipe) -> None:
     if what == "lora":
         add_lora(backbone, recipe.train.lora_rank)
     if recipe.train.checkpointing:
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        lm.activation_checkpointing_enable()
 
 
 def train(recipe: Recipe, folder: Path, *, told: Told = lambda figures: None) -> dict[str, Any]:

@@ -150,7 +150,8 @@ class Slots(nn.Module):
     segment's tokens, so both gates see what this slot read (theirs: a gate for each token, averaged over tokens that
     come later too); the forget gate's bias starts at +1; with `delta` what the slot held is taken off before the new
     is written, `M' = g_forget * M + g_in * (tanh(E_mem) - g_forget * M)`, the delta rule of ARMT (arXiv 2407.04841,
-    eq. 5) with the slot as address; only the `written` slots whose queries fit the segment best change, the rest are shielded.
+    eq. 5) with the slot as address; only the `written` slots whose queries fit the segment best
+    change, the rest are shielded.
 
     Args:
         dim: D.
