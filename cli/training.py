@@ -113,6 +113,9 @@ def bench(
     ctx: typer.Context,
     run: RunOption = None,
     lengths: Annotated[str, typer.Option(metavar="N,N,...", help="Texts to read, in tokens.")] = "1000,10000,100000",
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="A random model of 4 layers, 64 wide, in place of a real one.")
+    ] = False,
     attention: Annotated[str, typer.Option(metavar="N,N,...", help="Texts for full attention.")] = "1000,4000,8000",
     as_json: Json = False,
 ) -> None:
@@ -120,27 +123,35 @@ def bench(
 
     Examples:
       l2m bench memory
-      l2m bench memory --run runs/tiny --lengths 1000,1000000 --attention 1000
+      l2m bench memory --tiny --lengths 1000,1000000
     """
     from l2m_rag import bench_memory
+    from l2m_rag.backbone import tiny_backbone
     from l2m_rag.checkpoint import load_model
     from l2m_rag.model import L2M
+    from l2m_rag.model_config import L2MConfig
 
     def told(text: str) -> None:
         if not ctx.find_root().params["quiet"]:
             output.remark(text)
 
-    model = load_model(Path(existing(run)) / "model") if run is not None else L2M.from_pretrained().eval()
+    if tiny:
+        model = L2M(tiny_backbone(vocab_size=512, dim=64), L2MConfig(depth=2, slot_heads=4, slot_layers=(2, 3))).eval()
+    else:
+        model = load_model(Path(existing(run)) / "model") if run is not None else L2M.from_pretrained().eval()
     found = {
         "step": [bench_memory.steps(model)],
         "reading": bench_memory.reading(model, tuple(_numbers(lengths, int, "--lengths")), told=told),
+        "reading_with_tier": bench_memory.reading(
+            model, tuple(_numbers(lengths, int, "--lengths")), with_tier=True, told=told
+        ),
         "attention": bench_memory.against_attention(model, tuple(_numbers(attention, int, "--attention")), told=told),
     }
     if as_json:
         output.say_json(found)
         return
     output.say_table(("FIGURE", "VALUE"), list(found["step"][0].items()))
-    for name in ("reading", "attention"):
+    for name in ("reading", "reading_with_tier", "attention"):
         output.say_table([key.upper() for key in found[name][0]], [list(row.values()) for row in found[name]])
 
 

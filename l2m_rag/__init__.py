@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from l2m_rag.errors import L2MError
     from l2m_rag.indexers.pipeline import IngestReport
     from l2m_rag.memory_tiers.records import Chunk, Passage
+    from l2m_rag.model import L2M
+    from l2m_rag.model_config import L2MConfig
     from l2m_rag.qa import Answer, Citation
 
 _HOMES = {
@@ -28,6 +30,8 @@ _HOMES = {
     "Citation": "qa",
     "Collection": "collection",
     "IngestReport": "indexers.pipeline",
+    "L2M": "model",
+    "L2MConfig": "model_config",
     "L2MError": "errors",
     "Passage": "memory_tiers.records",
     "Settings": "config",
@@ -38,11 +42,13 @@ _HOMES = {
 }
 
 __all__ = [
+    "L2M",
     "Answer",
     "Chunk",
     "Citation",
     "Collection",
     "IngestReport",
+    "L2MConfig",
     "L2MError",
     "Passage",
     "Settings",

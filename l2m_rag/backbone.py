@@ -133,7 +133,9 @@ def load_backbone(source: str | Path, depth: int, *, dtype: torch.dtype | None =
         ModelError: it cannot be loaded, or is of no family that fits.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or torch.bfloat16)
     except Exception as error:  # whatever a hub client, a config or a weight file can throw

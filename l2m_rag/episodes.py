@@ -17,12 +17,13 @@ import torch
 
 from l2m_rag.errors import ConfigError
 from l2m_rag.losses import IGNORED, Episode
-from l2m_rag.probes import associative_recall, noise_sentences, vocabulary
+from l2m_rag.probes import NAMES, associative_recall, noise_sentences, vocabulary
 from l2m_rag.stories import Hidden, Story, hide, stories
 
 Make = Callable[[int, int], Episode]
 """Called with (step, number of segments); gives a batch."""
 
+KINDS = ("associative_recall", "stories", "needle", "books")
 _MARKER = "\nAnswer:"
 
 
@@ -31,18 +32,19 @@ class TaskRecipe:
     """What is trained on.
 
     Args:
-        kind: "associative_recall" (token ids, no tokenizer), "stories" (simulated worlds) or "books" (going on).
+        kind: "associative_recall" (token ids, no tokenizer), "stories" (simulated worlds), "needle" (a pass key among
+            the sentences of books) or "books" (going on).
         pairs: of a text; associative recall.
         keys: different keys; associative recall.
         values: different values; associative recall.
         stories: their kinds, drawn in turn.
         facts: fewest and most sentences of a story.
         renamed: share of stories in other words.
-        noise: folder of books; stories are hidden in their sentences, and "books" reads them.
-        decoys: sentences about others that a story has hidden beside it, at most.
+        noise: folder of books; stories and needles are hidden in their sentences, and "books" reads them.
+        decoys: sentences about others that a story or a needle has hidden beside it, at most.
     """
 
-    kind: Literal["associative_recall", "stories", "books"] = "associative_recall"
+    kind: Literal["associative_recall", "stories", "needle", "books"] = "associative_recall"
     pairs: int = 8
     keys: int = 32
     values: int = 32
@@ -53,10 +55,10 @@ class TaskRecipe:
     decoys: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in ("associative_recall", "stories", "books"):
-            raise ConfigError(f"task.kind ({self.kind}) must be associative_recall, stories or books")
-        if self.kind == "books" and not self.noise:
-            raise ConfigError("task.noise must name a folder of books for task.kind books")
+        if self.kind not in KINDS:
+            raise ConfigError(f"task.kind ({self.kind}) must be one of {', '.join(KINDS)}")
+        if self.kind in ("needle", "books") and not self.noise:
+            raise ConfigError(f"task.noise must name a folder of books for task.kind {self.kind}")
         if not 0 <= self.renamed <= 1:
             raise ConfigError(f"task.renamed ({self.renamed}) must be a share between 0 and 1")
 
@@ -91,7 +93,7 @@ class Batches:
         if self.task.kind == "associative_recall":
             return self._recall(step, segments)
         draw = random.Random(f"{self.seed} {step}")
-        makes = self._story if self.task.kind == "stories" else self._passage
+        makes = {"stories": self._story, "needle": self._needle, "books": self._passage}[self.task.kind]
         return self.pack([makes(draw, segments) for _ in range(self.batch)])
 
     @property
@@ -137,6 +139,20 @@ class Batches:
             count=lambda text: len(self._ids(text)),
             decoys=draw.randint(0, self.task.decoys),
         )
+
+    def _needle(self, draw: random.Random, segments: int) -> Hidden:
+        """Hide a pass key in consecutive sentences of a book, and those of other names beside it."""
+        names = draw.sample(NAMES, 1 + draw.randint(0, self.task.decoys))
+        keys = [f"{draw.randrange(10_000, 100_000)}" for _ in names]
+        at, size = draw.randrange(len(self._sentences) - 1000), 0
+        text: list[str] = []
+        while size < int(0.8 * segments * self.segment_length):
+            text.append(self._sentences[at + len(text)])
+            size += len(self._ids(text[-1]))
+        told = [f"The pass key of {name} is {key}." for name, key in zip(names, keys, strict=True)]
+        for sentence in told[1:] + told[:1]:
+            text.insert(draw.randint(0, len(text)), sentence)
+        return Hidden(tuple(text), f"What is the pass key of {names[0]}?", keys[0], (text.index(told[0]),), "needle")
 
     def _passage(self, draw: random.Random, segments: int) -> Hidden:
         """Take sentences of a book as they follow each other, the last of which is to be written."""

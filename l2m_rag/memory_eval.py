@@ -98,7 +98,7 @@ def report(
         if "needle" in rest:
             found["needle"] = needles(model, tokenizer, noise, lengths=lengths, depths=depths, trials=trials, told=told)
         if "perplexity" in rest:
-            ids = tokenizer(" ".join(noise[: 40 * trials]), add_special_tokens=False)["input_ids"]
+            ids = tokenizer(" ".join(noise[: 40 * trials]), add_special_tokens=False, verbose=False)["input_ids"]
             tokens = torch.tensor([ids[: trials * model.config.segment_length]])
             rows = [{"memory": memory, **perplexity(model, tokens, memory=memory)} for memory in (True, False)]
             found["perplexity"] = rows

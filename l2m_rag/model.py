@@ -324,14 +324,15 @@ class L2M(nn.Module):
         places = places + (spans.cumsum(1) - spans)[..., None]
         compact = inside.flatten(1).long().argsort(dim=1, stable=True)  # padding first
         real = inside.flatten(1).gather(1, compact)
-        width = int(real.sum(1).max())
-        if not width:
+        widest, narrowest = int(real.sum(1).max()), int(real.sum(1).min())
+        if not widest:
             return None
-        compact, real = compact[:, -width:], real[:, -width:]
+        compact, real = compact[:, -widest:], real[:, -widest:]
         vectors = vectors.flatten(1, 2).gather(1, compact[..., None].expand(-1, -1, D))
+        padded = real if narrowest < widest else None  # without padding attention needs no mask, which is quicker
         if self._packed(P * L):
-            return Recalled(vectors, real, (real.cumsum(1) - 1).clamp(min=0).float(), real.sum(1).float())
-        return Recalled(vectors, real, places.flatten(1).gather(1, compact), spans.sum(1).float())
+            return Recalled(vectors, padded, (real.cumsum(1) - 1).clamp(min=0).float(), real.sum(1).float())
+        return Recalled(vectors, padded, places.flatten(1).gather(1, compact), spans.sum(1).float())
 
     def _packed(self, most: int) -> bool:
         """Say whether pooled vectors take one position each: by the config, or to stay in the trained length."""
@@ -365,15 +366,20 @@ class L2M(nn.Module):
         """
         B, T, _ = x.shape
         W, device = state.window.shape[1], x.device
+        positions = torch.arange(W + T, device=device)[None]
         if recalled is None and state.window_real is None:
-            return torch.cat([state.window, x], 1), torch.arange(W + T, device=device)[None], None, None
+            return torch.cat([state.window, x], 1), positions, None, None
+        if recalled is not None and recalled.real is None and state.window_real is None:
+            positions = torch.cat([recalled.places, positions + recalled.span[:, None]], 1)
+            return torch.cat([recalled.vectors, state.window, x], 1), positions, None, None
         real = state.window_real if state.window_real is not None else torch.ones(B, W, dtype=torch.bool, device=device)
         real = torch.cat([real, torch.ones(B, T, dtype=torch.bool, device=device)], 1)
         positions = (real.cumsum(1) - 1).clamp(min=0)
         parts = [state.window, x]
         if recalled is not None:
             positions = torch.cat([recalled.places, positions + recalled.span[:, None]], 1)
-            real = torch.cat([recalled.real, real], 1)
+            there = torch.ones_like(recalled.places, dtype=torch.bool) if recalled.real is None else recalled.real
+            real = torch.cat([there, real], 1)
             parts = [recalled.vectors, *parts]
         N = real.shape[1]
         causal = torch.ones(N, N, dtype=torch.bool, device=device).tril()

@@ -122,7 +122,7 @@ class Needle:
     answer: str
 
 
-_NAMES = (
+NAMES = (
     "amber",
     "birch",
     "cobalt",
@@ -155,7 +155,7 @@ def needle(
     """
     if not 0 <= depth <= 1:
         raise UsageError(f"depth ({depth}) must lie in [0, 1]")
-    name, key = rng.choice(_NAMES), f"{rng.randrange(10_000, 100_000)}"
+    name, key = rng.choice(NAMES), f"{rng.randrange(10_000, 100_000)}"
     sentence = f"The pass key of {name} is {key}."
     room = length - count(sentence)
     if room < 0:

@@ -117,12 +117,12 @@ class Recalled(NamedTuple):
 
     Args:
         vectors: (B, K, D), in the order of their documents, padding first.
-        real: which are no padding, (B, K) bool.
+        real: which are no padding, (B, K) bool; None for all.
         places: position of each, (B, K) float32.
         span: positions that all of them take, (B,) float32.
     """
 
     vectors: Tensor
-    real: Tensor
+    real: Tensor | None
     places: Tensor
     span: Tensor

@@ -1,5 +1,6 @@
 """Batches: repeatable, and with the evidence where they say it is."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,6 +60,26 @@ def test_stories_are_laid_out_whole_with_their_support(renamed: float) -> None:
         assert spelled(fed[: first + 1]) == "\nAnswer:"
         assert fed[first + 1 : first + len(answer)] == answer[:-1]
         assert spelled(episode.question[row][: episode.question_real[row]]).startswith("\nQuestion: Where")
+
+
+def test_a_needle_stands_where_the_gold_says(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text(
+        "\n\n".join(
+            f"Sentence number {at} of a book that is as long as it has to be, and no longer." for at in range(1500)
+        )
+    )
+    task = TaskRecipe(kind="needle", noise=str(tmp_path), decoys=2)
+    episode = Batches(task, 6, 200, 0, Letters())(0, 3)
+    for row in range(6):
+        text = spelled(
+            token
+            for segment, real in zip(episode.segments[row], episode.real[row], strict=True)
+            for token in segment[:real]
+        )
+        at = int(episode.gold[row, 0])
+        name = spelled(episode.question[row][: episode.question_real[row]]).removesuffix("?").split()[-1]
+        answer = spelled(token for token in episode.answer_out[row].tolist() if token != IGNORED)
+        assert text[at:].startswith(f" The pass key of {name} is{answer}.")
 
 
 def test_episodes_move_whole() -> None:

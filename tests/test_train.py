@@ -178,6 +178,7 @@ def test_training_off_the_main_thread_works(tmp_path: Path) -> None:
         ("[train]\nwhat = 'some'", "all, memory, upper or lora"),
         ("[task]\nkind = 'chess'", "task.kind"),
         ("[task]\nkind = 'books'", "task.noise"),
+        ("[task]\nkind = 'needle'", "task.noise"),
         ("[model]\nratios = [1, 3, 4]", "multiple"),
         ("model = 5", "must be a table"),
         ("[train", "cannot be read"),
