@@ -7,14 +7,15 @@ from [recalled | question | answer so far].
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from l2m_rag.memory_tiers.router import NONE, STOP, WORKING
+from l2m_rag.memory_tiers import working
+from l2m_rag.memory_tiers.router import LONG_TERM, NONE, STOP, WORKING
 from l2m_rag.memory_tiers.working import Records
 from l2m_rag.model import L2M
 from l2m_rag.state import Picked, State
@@ -111,12 +112,14 @@ class EpisodeLoss(nn.Module):
 
     def forward(self, episode: Episode) -> Outcome:
         """Give the weighted losses, their sum under "total", and figures."""
-        state, text = self.read(episode)
+        state, evicted, text = self.read(episode)
         losses = dict(text)
         figures: dict[str, Tensor] = {}
         recalled: Picked | None = None
+        if not self.memory:  # nor do the slots tell of the text
+            state = replace(state, slots=self.model.slots.start(len(episode.segments)))
         if self.memory:
-            recalled, found, figures = self._recall(state, episode)
+            recalled, found, figures = self._recall(state, evicted, episode)
             losses |= found
         logits = self._answer(episode, state, recalled)
         losses["answer"] = _cross_entropy(logits, episode.answer_out)
@@ -129,12 +132,12 @@ class EpisodeLoss(nn.Module):
         total = sum((getattr(self.weights, name) * value for name, value in weighted.items()), torch.zeros(()))
         return Outcome({**losses, "total": total}, figures)
 
-    def read(self, episode: Episode) -> tuple[State, dict[str, Tensor]]:
-        """Read text and question with gradient; give the state, and the losses on the text itself."""
+    def read(self, episode: Episode) -> tuple[State, Records, dict[str, Tensor]]:
+        """Read text and question with gradient; give the state, what was evicted, and the losses on the text itself."""
         model = self.model
         B, N, T = episode.segments.shape
         x = model.backbone.lower(episode.segments.flatten(0, 1)).unflatten(0, (B, N))
-        state = model.start(B)
+        state, gone = model.start(B), []
         losses: dict[str, list[Tensor]] = {"language": [], "distance": []}
         for number in range(N):
             tokens, real = episode.segments[:, number], episode.real[:, number]
@@ -144,10 +147,12 @@ class EpisodeLoss(nn.Module):
                 losses["language"].append(_cross_entropy(logits[:, :-1], targets))
                 if self.weights.distance:
                     losses["distance"].append(self._distance(x[:, number], logits, real))
-            state, _ = model.write(state, x[:, number], tokens, real)
+            state, evicted = model.write(state, x[:, number], tokens, real)
+            gone.append(evicted)
         asked = model.backbone.lower(episode.question)
-        state, _ = model.write(state, asked, episode.question, episode.question_real)
-        return state, {name: torch.stack(parts).mean() for name, parts in losses.items() if parts}
+        state, evicted = model.write(state, asked, episode.question, episode.question_real)
+        far = Records(*(torch.cat(column, 1).detach() for column in zip(*gone, evicted, strict=True)))
+        return state, far, {name: torch.stack(parts).mean() for name, parts in losses.items() if parts}
 
     def _distance(self, x: Tensor, logits: Tensor, real: Tensor) -> Tensor:
         with torch.no_grad():
@@ -158,11 +163,17 @@ class EpisodeLoss(nn.Module):
         return (gap.sum(-1) * inside).sum() / inside.sum().clamp(min=1)
 
     # -- the router ----------------------------------------------------------------------------------------------------
-    def _recall(self, state: State, episode: Episode) -> tuple[Picked | None, dict[str, Tensor], dict[str, Tensor]]:
-        """Look for the evidence, hop by hop, in any order; give what was recalled, losses and figures."""
-        model, records = self.model, state.records
+    def _recall(
+        self, state: State, evicted: Records, episode: Episode
+    ) -> tuple[Picked | None, dict[str, Tensor], dict[str, Tensor]]:
+        """Look for the evidence, hop by hop, in any order; give what was recalled, losses and figures.
+
+        Evidence in working memory comes first; what was evicted stands for the long-term tier.
+        """
+        model, records = self.model, working.insert(state.records, evicted)
+        far = torch.arange(records.lengths.shape[1], device=records.lengths.device) >= model.places  # (R,)
         gold = _holds(records, episode.gold)  # (B, R)
-        free = (records.lengths > 0) & ~_in_window(state)
+        free = (records.lengths > 0) & ~state.in_window(records.starts)
         left = gold & free  # what stands in the window is seen as it is
         plan = state.plan
         parts: list[Picked] = []
@@ -172,10 +183,10 @@ class EpisodeLoss(nn.Module):
         hits: list[Tensor] = []
         going = torch.ones_like(state.position, dtype=torch.bool)
         for hop in range(self.hops + 1):
-            more = left.any(1)
-            wanted = torch.where(more, WORKING, NONE if hop == 0 else STOP)
+            more, near = left.any(1), (left & ~far).any(1)
+            wanted = torch.where(near, WORKING, torch.where(more, LONG_TERM, NONE if hop == 0 else STOP))
             router.append(_mean(F.cross_entropy(plan.choice.float(), wanted, reduction="none"), going))
-            looked.append(plan.choice.float().softmax(-1)[:, WORKING].mean())
+            looked.append(plan.choice.float().softmax(-1)[:, [WORKING, LONG_TERM]].sum(-1).mean())
             going = going & more
             if hop == self.hops:
                 break
@@ -183,17 +194,19 @@ class EpisodeLoss(nn.Module):
             before = torch.cat([part.starts for part in parts], 1) if parts else nowhere
             taken = torch.cat([part.taken for part in parts], 1) if parts else nowhere.bool()
             scores = model.router.scores(plan, records.keys, records.starts, before, taken, state.position).float()
-            scores = scores.masked_fill(~free, -1e9)
-            right = torch.logsumexp(scores.masked_fill(~left, -1e9), 1) - torch.logsumexp(scores, 1)
+            there = free & (far == (wanted == LONG_TERM)[:, None])  # in the tier that is asked
+            aims = left & there
+            scores = scores.masked_fill(~there, -1e9)
+            right = torch.logsumexp(scores.masked_fill(~aims, -1e9), 1) - torch.logsumexp(scores, 1)
             retrieval.append(_mean(-right, going))
-            hits.append(_mean(left.gather(1, scores.argmax(1, keepdim=True))[:, 0].float(), going))
-            places = self._places(scores, left, free)
-            picked = model.picked(records, places, free.gather(1, places) & going[:, None])
-            parts.append(picked)
+            hits.append(_mean(aims.gather(1, scores.argmax(1, keepdim=True))[:, 0].float(), going))
+            places = self._places(scores, aims, there)
+            picked = model.picked(records, places, there.gather(1, places) & going[:, None])
+            parts.append(model.stored(picked, far[places]))
             marks = torch.zeros_like(left).scatter(1, places, True)
             left, free = left & ~marks, free & ~marks
             mean = Picked(*(torch.cat(column, 1) for column in zip(*parts, strict=True))).mean()
-            occupied = (records.lengths > 0).float().mean(1)
+            occupied = (state.records.lengths > 0).float().mean(1)
             plan = model.router(state.gist, state.slots, occupied, mean, hop + 1)
         losses = {"router": torch.stack(router).mean(), "lookup": torch.stack(looked).sum()}
         losses["retrieval"] = torch.stack(retrieval).sum() / self.hops
@@ -238,21 +251,18 @@ class EpisodeLoss(nn.Module):
         with torch.no_grad():
             each = []
             for ratio in (*ratios, 0):
-                read = recalled._replace(ratio=torch.full_like(recalled.ratio, ratio))
+                read = recalled._replace(ratio=recalled.grain.clamp(min=ratio))
                 logits = self._answer(episode, state, read if ratio else None)
                 each.append(_row_losses(logits, episode.answer_out))
             worth = torch.stack(each, 1) <= each[0][:, None] + self.margin  # (B, ratios + 1)
             numbers = torch.arange(len(ratios) + 1, device=worth.device)
             target = torch.where(worth, numbers, 0).amax(1)
-        plan = state.plan
-        records = Records(*state.records)
-        places = recalled.place.clamp(min=0)
-        nothing = torch.zeros_like(places[:, :0])
-        scores = model.router.scores(
-            plan, records.keys, records.starts, nothing, nothing.bool(), state.position
-        ).gather(1, places)
+        plan, nothing = state.plan, torch.zeros_like(recalled.place[:, :0])
+        scores = model.router.scores(plan, recalled.keys, recalled.starts, nothing, nothing.bool(), state.position)
         logits = model.router.resolutions(plan, recalled.keys, scores, recalled.lengths).float()
-        loss = F.cross_entropy(logits.flatten(0, 1), target[:, None].expand(places.shape).flatten(), reduction="none")
+        loss = F.cross_entropy(
+            logits.flatten(0, 1), target[:, None].expand(recalled.place.shape).flatten(), reduction="none"
+        )
         return _mean(loss, recalled.taken.flatten())
 
 
@@ -265,12 +275,6 @@ def _holds(records: Records, gold: Tensor) -> Tensor:
     """Say which records hold a position of the evidence, (B, R) bool."""
     first, last = records.starts[..., None], (records.starts + records.lengths)[..., None]
     return ((first <= gold[:, None]) & (gold[:, None] < last) & (gold[:, None] >= 0)).any(-1)
-
-
-def _in_window(state: State) -> Tensor:
-    shown = state.window.shape[1] if state.window_real is None else state.window_real.sum(1)
-    inside: Tensor = state.records.starts >= (state.position - shown)[:, None]
-    return inside
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -178,7 +178,7 @@ def recall(model: L2M, episodes: Iterable[Episode], *, memory: bool = True) -> t
     Args:
         model: trained on episodes of the kind.
         episodes: with answers of one length.
-        memory: False recalls nothing.
+        memory: False recalls nothing, and reads slots that were never written.
 
     Returns:
         Share of right answers, and what the router did.
@@ -197,6 +197,7 @@ def recall(model: L2M, episodes: Iterable[Episode], *, memory: bool = True) -> t
             hops.append(writing.hops)
             logits = torch.stack([writing.feed(token) for token in episode.answer_in.T], 1)
         else:
+            state = replace(state, slots=model.slots.start(len(episode.segments)))
             logits = model.decode(model.backbone.lower(episode.answer_in), state, None)
         fits = (logits.argmax(-1) == episode.answer_out) | (episode.answer_out < 0)
         came += fits.all(1).tolist()

@@ -198,9 +198,8 @@ class L2M(nn.Module):
         nowhere = torch.zeros(len(sources), 0, dtype=torch.int64, device=device)
         recalled, taken = (nowhere, nowhere.bool()) if known is None else (known.starts, known.taken)
         scores = self.router.scores(plan, records.keys, records.starts, recalled, taken, state.position)
-        shown = state.window.shape[1] if state.window_real is None else state.window_real.sum(1)
-        hidden = records.starts < (state.position - shown)[:, None]  # what stands in the window is seen as it is
-        free = (records.lengths > 0) & hidden & (asks == WORKING)[:, None]
+        # what stands in the window is seen as it is
+        free = (records.lengths > 0) & ~state.in_window(records.starts) & (asks == WORKING)[:, None]
         if known is not None:
             old = torch.where(known.taken & ~known.long_term, known.place, records.lengths.shape[1])
             marks = torch.zeros(len(sources), records.lengths.shape[1] + 1, dtype=torch.bool, device=device)
@@ -211,7 +210,9 @@ class L2M(nn.Module):
         if tier is not None and LONG_TERM in sources:
             chosen, found = self._from_tier(plan, sources, state, tier, known, chosen, found)
         logits = self.router.resolutions(plan, chosen.keys, found.clamp(min=-100), chosen.lengths)
-        return chosen._replace(ratio=self._fit(logits.argmax(-1), chosen, used))
+        choice = logits.argmax(-1)
+        chosen = self._made_again(chosen, chosen.long_term & chosen.taken & (choice == 0))
+        return chosen._replace(ratio=self._fit(choice, chosen, used))
 
     def picked(self, records: Records, places: Tensor, taken: Tensor, ratio: int = 1) -> Picked:
         """Give records of working memory as something recalled.
@@ -227,8 +228,47 @@ class L2M(nn.Module):
         ones = torch.ones_like(lengths)
         place = torch.where(taken, places, -1)
         return Picked(
-            at.values * taken[..., None, None], at.keys, lengths, at.starts, ones, ratio * ones, place, ~ones.bool()
+            at.values * taken[..., None, None],
+            at.keys,
+            at.tokens,
+            lengths,
+            at.starts,
+            ones,
+            ratio * ones,
+            place,
+            ~ones.bool(),
         )
+
+    def stored(self, picked: Picked, far: Tensor) -> Picked:
+        """Give what was picked as it would come from the long-term tier where `far`, (B, P) bool, says so.
+
+        Pooled at `stored_ratio` and without gradient, as nothing flows back through a disk.
+        """
+        pooled, _ = pool(picked.values.detach(), picked.lengths, self.config.stored_ratio)
+        pooled = nn.functional.pad(pooled, (0, 0, 0, picked.values.shape[2] - pooled.shape[2]))
+        return picked._replace(
+            values=torch.where(far[..., None, None], pooled, picked.values),
+            grain=torch.where(far, self.config.stored_ratio, picked.grain),
+            ratio=torch.where(far & (picked.ratio > 0), picked.ratio.clamp(min=self.config.stored_ratio), picked.ratio),
+            long_term=picked.long_term | far,
+        )
+
+    def _made_again(self, picked: Picked, wanted: Tensor) -> Picked:
+        """Make 1:1 states of records from their tokens, each read by itself, where they are wanted and tokens are kept.
+
+        Args:
+            picked: with pooled states.
+            wanted: which of them are to be read at 1:1, (B, P) bool.
+        """
+        rows, at = (wanted & (picked.tokens != 0).any(-1)).nonzero().unbind(1)
+        if not len(rows):
+            return picked
+        states = self.backbone.lower(picked.tokens[rows, at])
+        inside = torch.arange(states.shape[1], device=states.device) < picked.lengths[rows, at][:, None]
+        values, grain = picked.values.clone(), picked.grain.clone()
+        values[rows, at] = states * inside[..., None]
+        grain[rows, at] = 1
+        return picked._replace(values=values, grain=grain)
 
     def _from_tier(
         self,
@@ -272,6 +312,9 @@ class L2M(nn.Module):
             parts["values"][row] = 0
             parts["values"][row, here, : values.shape[1]] = values
             parts["keys"][row, here] = torch.from_numpy(got.keys.astype(np.float32)).to(device, dtype)
+            for number_, ids in enumerate(got.tokens):
+                parts["tokens"][row, number_] = 0
+                parts["tokens"][row, number_, : len(ids)] = torch.tensor(ids, device=device)
             parts["lengths"][row, here] = torch.from_numpy(got.lengths.astype(np.int64)).to(device)
             parts["starts"][row, here] = torch.from_numpy(got.positions).to(device)
             parts["grain"][row] = self.config.stored_ratio

@@ -45,6 +45,11 @@ class State:
         parts = [self.slots, self.window, self.gist]
         return self.records.nbytes + sum(part.numel() * part.element_size() for part in parts)
 
+    def in_window(self, starts: Tensor) -> Tensor:
+        """Say which records, by the position of their first token, (B, R), stand whole in the window, (B, R) bool."""
+        shown = self.window.shape[1] if self.window_real is None else self.window_real.sum(1)
+        return starts >= (self.position - shown)[:, None]
+
     def detach(self) -> State:
         """Give the same values without the graph that made them, as truncated backpropagation needs it."""
         return self._each(lambda part: part.detach())
@@ -82,6 +87,7 @@ class Picked(NamedTuple):
     Args:
         values: (B, P, L, D); of a record of grain g only the first ceil(length / g) count.
         keys: (B, P, K).
+        tokens: ids, (B, P, L) int64.
         lengths: tokens, (B, P) int64; 0 for none.
         starts: (B, P) int64.
         grain: how many tokens one of the values stands for, (B, P) int64.
@@ -92,6 +98,7 @@ class Picked(NamedTuple):
 
     values: Tensor
     keys: Tensor
+    tokens: Tensor
     lengths: Tensor
     starts: Tensor
     grain: Tensor

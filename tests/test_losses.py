@@ -74,10 +74,28 @@ def test_the_teacher_recalls_the_evidence() -> None:
     model = tiny_model(records=20, recall=1)
     loss = EpisodeLoss(model, LossWeights(), hops=1, teacher=1.0)
     made = episode([[5], [25]])
-    state, _ = loss.read(made)
-    picked, _, _ = loss._recall(state, made)
+    state, evicted, _ = loss.read(made)
+    picked, _, _ = loss._recall(state, evicted, made)
     assert picked is not None
     assert picked.starts.tolist() == [[4], [24]]
+
+
+def test_evidence_that_was_evicted_is_looked_for_in_the_long_term_tier() -> None:
+    model = tiny_model(records=3, recall=1, eviction="fifo", source="long_term")
+    loss = EpisodeLoss(model, LossWeights(), hops=1, teacher=1.0)
+    made = episode([[5], [9]], segments=4)
+    state, evicted, _ = loss.read(made)
+    picked, losses, figures = loss._recall(state, evicted, made)
+    assert picked is not None
+    assert picked.starts.tolist() == [[4], [8]]
+    assert picked.long_term.all()
+    assert (picked.grain == 4).all()
+    picked.values.sum().backward()
+    assert all(weight.grad is None or not weight.grad.any() for weight in model.backbone.parameters())
+    assert figures["retrieved"] <= 1
+    near = tiny_model(records=3, recall=1, eviction="fifo", source="working")
+    other = EpisodeLoss(near, LossWeights(), hops=1, teacher=1.0)
+    assert other._recall(*other.read(made)[:2], made)[1]["router"] > losses["router"]  # the one that says long-term
 
 
 def test_without_memory_nothing_is_recalled() -> None:

@@ -197,7 +197,7 @@ def environment(served: Settings) -> dict[str, str]:
 
 def test_the_program_speaks_the_protocol_and_nothing_else(served: Settings, tmp_path: Path) -> None:
     # What the library prints while a tool runs must not reach the wire, or the client could not read it.
-    noisy = f"import builtins, l2m_rag.qa as qa; qa.check_question = lambda text: print('noise'); {MAIN}"
+    noisy = f"import builtins, l2m_rag.qa as qa; qa.check_question = lambda text: print('noise', flush=True); {MAIN}"
     parameters = StdioServerParameters(
         command=sys.executable, args=["-c", noisy, "mcp"], env=environment(served), cwd=served.home
     )

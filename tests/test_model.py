@@ -289,10 +289,35 @@ def test_what_was_evicted_is_recalled_from_the_tier() -> None:
     found = [hop.picked for hop in steps[-1].hops if hop.picked is not None]
     assert found
     assert found[0].long_term[found[0].taken].all()
-    assert set(found[0].grain[found[0].taken].tolist()) == {4}
+    assert set(found[0].grain[found[0].taken].tolist()) == {1}  # read at 1:1, so made again from the tokens
     starts = [start for part in found for start in part.starts[part.taken].tolist()]
     assert len(starts) == len(set(starts))
     assert max(starts) + 4 <= 108
+
+
+@pytest.mark.parametrize("choice", [0, 1, 2, 3])
+def test_records_of_the_tier_are_read_as_finely_as_the_router_says(choice: int) -> None:
+    model = tiny_model(source="long_term", hops=1, budget=100)
+    tier = StateTier(model.state_format())
+    tokens = text(1, 120)
+    with torch.no_grad():
+        model.router.resolution_logits.weight.zero_()
+        model.router.resolution_logits.bias.copy_(5.0 * torch.eye(4)[choice])
+        state = model.read(tokens, model.start(), tier)
+        (hop,), _ = model.recall(state, tier)
+    assert hop.picked is not None
+    assert hop.picked.taken.all()
+    assert set(hop.picked.ratio.flatten().tolist()) == {(1, 4, 16, 0)[choice]}
+    for at, start in enumerate(hop.picked.starts[0].tolist()):
+        with torch.no_grad():
+            alone = model.backbone.lower(tokens[:, start : start + 4])[0]
+            whole = model.backbone.lower(tokens[:, start // 12 * 12 : start // 12 * 12 + 12])[0]
+        pooled = whole[start % 12 : start % 12 + 4].mean(0, keepdim=True)
+        if choice == 0:
+            assert_close(hop.picked.values[0, at], alone, atol=1e-4, rtol=1e-4)
+        else:
+            bound = float(pooled.abs().max()) / 127
+            assert (hop.picked.values[0, at, :1] - pooled).abs().max() <= bound
 
 
 @pytest.mark.parametrize("positions", ["middle", "packed"])

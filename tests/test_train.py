@@ -54,7 +54,7 @@ def test_the_tiny_recipe_learns_to_recall_and_the_same_model_without_memory_does
     found, router = recall(load_model(tmp_path / "with" / "model"), (fresh(step, 8) for step in range(4)))
     assert found.share >= 0.95
     assert router["sources"] == {"working": 256}
-    without = replace(recipe, train=replace(recipe.train, memory=False, steps=200))
+    without = replace(recipe, train=replace(recipe.train, memory=False))
     train(without, tmp_path / "without")
     blind, _ = recall(load_model(tmp_path / "without" / "model"), (fresh(step, 8) for step in range(4)), memory=False)
     assert blind.share <= 1 / 32 + 4 * (1 / 32 * 31 / 32 / 256) ** 0.5
