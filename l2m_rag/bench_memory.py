@@ -52,7 +52,7 @@ def _reading(model: L2M, lengths: tuple[int, ...], tier: StateTier | None, told:
         model.read(torch.randint(model.backbone.vocab_size, (1, part), generator=draw), model.start())
     state, done = model.start(), 0
     for length in sorted(lengths):
-        times = []
+        times: list[float] = []
         while done < length:
             size = min(part, length - done)
             tokens = torch.randint(model.backbone.vocab_size, (1, size), generator=draw)
