@@ -176,7 +176,7 @@ def ingest(
         if folder is None:
             bench.write_corpus(Path(scratch), bench.made_texts(documents))
         place = Path(existing(folder)) if folder is not None else Path(scratch)
-        found = bench.ingest(place, settings, rounds=rounds, told=_remarks(ctx))
+        found = bench.ingest(place, settings, rounds=rounds, told=remarks(ctx))
     _say_figures(found, as_json)
 
 
@@ -196,7 +196,7 @@ def search(
 
     settings = settings_of(ctx)
     fetch(ctx, settings, as_json=as_json, decoder=False)
-    _say_figures(bench.search(rows, settings, told=_remarks(ctx)), as_json)
+    _say_figures(bench.search(rows, settings, told=remarks(ctx)), as_json)
 
 
 @bench_app.command(cls=Command)
@@ -222,7 +222,7 @@ def ask(
     settings = settings_of(ctx, collection=collection or COLLECTION, model=model, llm_url=llm_url)
     asked = [one.text for one in read_questions(questions)] if questions else [*QUESTIONS] * 5
     fetch(ctx, settings, as_json=as_json, decoder=True)
-    _say_figures(bench.ask(opened(settings), asked, told=_remarks(ctx)), as_json)
+    _say_figures(bench.ask(opened(settings), asked, told=remarks(ctx)), as_json)
 
 
 def _asked(
@@ -251,7 +251,8 @@ def _told(show: bool) -> Iterator[Callable[[int, int], object] | None]:
         yield told
 
 
-def _remarks(ctx: typer.Context) -> Callable[[str], object]:
+def remarks(ctx: typer.Context) -> Callable[[str], object]:
+    """Give what tells the user of a measurement's progress; nothing when quiet."""
     return (lambda text: None) if ctx.find_root().params["quiet"] else output.remark
 
 

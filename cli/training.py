@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from l2m_rag.cli import output
-from l2m_rag.cli.evaluation import DataOption, bench_app, eval_app
+from l2m_rag.cli.evaluation import DataOption, bench_app, eval_app, remarks
 from l2m_rag.cli.options import Command, Json, existing, settings_of
 from l2m_rag.errors import UsageError
 
@@ -43,8 +43,8 @@ def train(
     path = Path(existing(recipe))
     plan = load_recipe(path)
     folder = run or settings_of(ctx).home / "runs" / path.stem
-    quiet = ctx.find_root().params["quiet"]
-    found = train(plan, folder, told=lambda figures: None if quiet else output.remark(_line(figures)))
+    told = remarks(ctx)
+    found = train(plan, folder, told=lambda figures: told(_line(figures)))
     folder.mkdir(parents=True, exist_ok=True)
     if path.resolve() != (folder / "recipe.toml").resolve():
         shutil.copyfile(path, folder / "recipe.toml")
@@ -88,7 +88,6 @@ def memory(
     unknown = sorted(set(wanted) - set(memory_eval.SUITES))
     if unknown:
         raise UsageError(f"--suite has {unknown[0]!r}, which is none of: {', '.join(memory_eval.SUITES)}")
-    quiet = ctx.find_root().params["quiet"]
     found = memory_eval.report(
         wanted,
         run=Path(existing(run)) if run is not None else None,
@@ -96,7 +95,7 @@ def memory(
         lengths=_numbers(lengths, int, "--lengths"),
         depths=_numbers(depths, float, "--depths"),
         trials=trials,
-        told=lambda text: None if quiet else output.remark(text),
+        told=remarks(ctx),
     )
     if out is not None:
         memory_eval.write(found, out)
@@ -131,20 +130,15 @@ def bench(
     from l2m_rag.model import L2M
     from l2m_rag.model_config import L2MConfig
 
-    def told(text: str) -> None:
-        if not ctx.find_root().params["quiet"]:
-            output.remark(text)
-
+    told, texts = remarks(ctx), tuple(_numbers(lengths, int, "--lengths"))
     if tiny:
         model = L2M(tiny_backbone(vocab_size=512, dim=64), L2MConfig(depth=2, slot_heads=4, slot_layers=(2, 3))).eval()
     else:
         model = load_model(Path(existing(run)) / "model") if run is not None else L2M.from_pretrained().eval()
     found = {
         "step": [bench_memory.steps(model)],
-        "reading": bench_memory.reading(model, tuple(_numbers(lengths, int, "--lengths")), told=told),
-        "reading_with_tier": bench_memory.reading(
-            model, tuple(_numbers(lengths, int, "--lengths")), with_tier=True, told=told
-        ),
+        "reading": bench_memory.reading(model, texts, told=told),
+        "reading_with_tier": bench_memory.reading(model, texts, with_tier=True, told=told),
         "attention": bench_memory.against_attention(model, tuple(_numbers(attention, int, "--attention")), told=told),
     }
     if as_json:

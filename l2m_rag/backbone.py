@@ -126,8 +126,18 @@ class Backbone(nn.Module):
         return x
 
 
+def locate(source: str | Path) -> str:
+    """Give where a backbone and its tokenizer lie: "default" is the decoder that ships, any other name stays."""
+    if source != "default":
+        return str(source)
+    from l2m_rag.config import load_settings
+    from l2m_rag.weights import DEFAULT_DECODER, find
+
+    return str(find(DEFAULT_DECODER, load_settings({})[0]))
+
+
 def load_backbone(source: str | Path, depth: int, *, dtype: torch.dtype | None = None) -> Backbone:
-    """Load a backbone from a folder or hub id.
+    """Load a backbone: "default", a folder or a hub id.
 
     Raises:
         ModelError: it cannot be loaded, or is of no family that fits.
@@ -137,7 +147,7 @@ def load_backbone(source: str | Path, depth: int, *, dtype: torch.dtype | None =
 
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(locate(source), dtype=dtype or torch.bfloat16)
     except Exception as error:  # whatever a hub client, a config or a weight file can throw
         raise ModelError(f"backbone {str(source)!r} could not be loaded: {error}") from error
     return Backbone(model.eval(), depth)

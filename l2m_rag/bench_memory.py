@@ -7,6 +7,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -167,8 +168,6 @@ def against_attention(
 
 
 def _without_window(state: State) -> State:
-    from dataclasses import replace
-
     return replace(state, window=state.window[:, :0], window_real=None)
 
 

@@ -188,9 +188,10 @@ def load_state(path: Path, model: L2M) -> State:
     if told.get("format") != FORMAT or told.get("model") != _model_mark(model):
         raise IncompatibleError(f"the state {path} was made by another model; read the text again with this one")
     records = Records(*(tensors[f"records.{name}"] for name in Records._fields))
-    occupancy = (records.lengths > 0).float().mean(1)
     with torch.no_grad():
-        plan: Plan = model.router(tensors["gist"], tensors["slots"], occupancy, torch.zeros_like(tensors["gist"]), 0)
+        plan: Plan = model.router(
+            tensors["gist"], tensors["slots"], records.occupancy, torch.zeros_like(tensors["gist"]), 0
+        )
     state = State(
         tensors["slots"], records, tensors["window"], tensors.get("window_real"), tensors["gist"], tensors["position"],
         plan, tensors["step"], tuple(told["streams"]),

@@ -18,7 +18,7 @@ from l2m_rag.memory_tiers import working
 from l2m_rag.memory_tiers.router import LONG_TERM, NONE, STOP, WORKING
 from l2m_rag.memory_tiers.working import Records
 from l2m_rag.model import L2M
-from l2m_rag.state import Picked, State
+from l2m_rag.state import Picked, State, joined
 
 IGNORED = -100
 
@@ -205,9 +205,7 @@ class EpisodeLoss(nn.Module):
             parts.append(model.stored(picked, far[places]))
             marks = torch.zeros_like(left).scatter(1, places, True)
             left, free = left & ~marks, free & ~marks
-            mean = Picked(*(torch.cat(column, 1) for column in zip(*parts, strict=True))).mean()
-            occupied = (state.records.lengths > 0).float().mean(1)
-            plan = model.router(state.gist, state.slots, occupied, mean, hop + 1)
+            plan = model.router(state.gist, state.slots, state.records.occupancy, joined(parts).mean(), hop + 1)
         losses = {"router": torch.stack(router).mean(), "lookup": torch.stack(looked).sum()}
         losses["retrieval"] = torch.stack(retrieval).sum() / self.hops
         keep = model.router.keeps(state.plan, records, state.step).float()
@@ -215,8 +213,7 @@ class EpisodeLoss(nn.Module):
         losses["keep"] = (
             F.binary_cross_entropy_with_logits(keep, gold.float(), reduction="none") * real
         ).sum() / real.sum()
-        recalled = Picked(*(torch.cat(column, 1) for column in zip(*parts, strict=True))) if parts else None
-        return recalled, losses, {"retrieved": hits[0]}
+        return joined(parts) if parts else None, losses, {"retrieved": hits[0]}
 
     def _places(self, scores: Tensor, left: Tensor, free: Tensor) -> Tensor:
         """Give the records that a hop takes, (B, P): the model's own choice, or with some chance the evidence."""
@@ -239,7 +236,7 @@ class EpisodeLoss(nn.Module):
         ratios = model.config.ratios[1:] or (1,)
         ratio = ratios[int(torch.randint(len(ratios), ()))]
         picked = model.picked(records, place, records.lengths.gather(1, place) > 0, ratio)
-        tokens, lengths = picked_tokens(records, place), picked.lengths[:, 0]
+        tokens, lengths = picked.tokens[:, 0], picked.lengths[:, 0]
         bare = model.start(len(tokens))
         logits = model.decode(model.backbone.lower(tokens), bare, model.assemble([picked]))
         inside = torch.arange(1, tokens.shape[1], device=tokens.device) < lengths[:, None]
@@ -264,11 +261,6 @@ class EpisodeLoss(nn.Module):
             logits.flatten(0, 1), target[:, None].expand(recalled.place.shape).flatten(), reduction="none"
         )
         return _mean(loss, recalled.taken.flatten())
-
-
-def picked_tokens(records: Records, places: Tensor) -> Tensor:
-    """Give the ids of one record of each stream, (B, L)."""
-    return records.at(places).tokens[:, 0]
 
 
 def _holds(records: Records, gold: Tensor) -> Tensor:

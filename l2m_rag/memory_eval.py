@@ -18,7 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import AutoTokenizer
 
+from l2m_rag.backbone import locate
 from l2m_rag.checkpoint import load_model
 from l2m_rag.continuation import Continuation, write_on
 from l2m_rag.episodes import Batches
@@ -80,20 +82,23 @@ def report(
     rest = [name for name in suites if name != "eviction"]
     if not rest:
         return found
-    model, tokenizer, batches = _model_of(run)
-    if "recall" in rest and batches is not None:
+    recipe = load_recipe(run / "recipe.toml") if run is not None else None
+    model = load_model(run / "model") if run is not None else L2M.from_pretrained().eval()
+    source = recipe.backbone.source if recipe is not None else "default"
+    tokenizer: Any = AutoTokenizer.from_pretrained(locate(source)) if source else None
+    if "recall" in rest and recipe is not None:
+        plan = recipe.train  # batches like those it was trained on, but unseen
+        batches = Batches(recipe.task, plan.batch, recipe.model.segment_length, plan.seed + _UNSEEN, tokenizer)
         rows = []
         for memory in (True, False):
-            episodes = (batches(step, max(_segments_of(run))) for step in range(-(-trials // batches.batch)))
+            episodes = (batches(step, max(plan.segments)) for step in range(-(-trials // plan.batch)))
             shown, router = recall(model, episodes, memory=memory)
             rows.append({"memory": memory, **_flat(shown), "router": router if memory else {}})
             told(f"recall, memory {'on' if memory else 'off'}: {shown.share:.3f}")
         found["recall"] = rows
-    if tokenizer is None and {"needle", "perplexity"} & set(rest):
-        if run is None or set(rest) == {"needle"} or set(rest) == {"perplexity"}:
-            raise UsageError("needle and perplexity need a backbone with a tokenizer, and this run has none")
-        return found
-    if {"needle", "perplexity"} & set(rest):
+    if tokenizer is None and set(rest) <= {"needle", "perplexity"}:
+        raise UsageError("needle and perplexity need a backbone with a tokenizer, and this run has none")
+    if tokenizer is not None and {"needle", "perplexity"} & set(rest):
         noise = noise_sentences(data_folder(books) / "books", at_least=10, count=lambda text: len(text.split()))
         if "needle" in rest:
             found["needle"] = needles(model, tokenizer, noise, lengths=lengths, depths=depths, trials=trials, told=told)
@@ -103,31 +108,6 @@ def report(
             rows = [{"memory": memory, **perplexity(model, tokens, memory=memory)} for memory in (True, False)]
             found["perplexity"] = rows
     return found
-
-
-def _model_of(run: Path | None) -> tuple[L2M, Any, Batches | None]:
-    """Give a model, its tokenizer (None for a tiny one), and batches like those it was trained on, but unseen."""
-    from transformers import AutoTokenizer
-
-    if run is None:
-        from l2m_rag.config import load_settings
-        from l2m_rag.weights import DEFAULT_DECODER, find
-
-        source = find(DEFAULT_DECODER, load_settings({})[0])
-        return L2M.from_pretrained(source).eval(), AutoTokenizer.from_pretrained(source), None
-    recipe = load_recipe(run / "recipe.toml")
-    model = load_model(run / "model")
-    tokenizer = None
-    if recipe.backbone.source:
-        made = json.loads((run / "model" / "config.json").read_text())["backbone"]
-        tokenizer = AutoTokenizer.from_pretrained(made["source"])
-    plan = recipe.train
-    batches = Batches(recipe.task, plan.batch, recipe.model.segment_length, plan.seed + _UNSEEN, tokenizer)
-    return model, tokenizer, batches
-
-
-def _segments_of(run: Path | None) -> tuple[int, ...]:
-    return load_recipe(run / "recipe.toml").train.segments if run is not None else (1,)
 
 
 def write(found: dict[str, list[dict[str, Any]]], folder: Path) -> None:

@@ -26,7 +26,7 @@ from l2m_rag.memory_tiers.states import StateFormat, StateRows, StateTier
 from l2m_rag.memory_tiers.working import Records, Slots
 from l2m_rag.model_config import L2MConfig
 from l2m_rag.slot_layer import SlotLayer
-from l2m_rag.state import Picked, Recalled, State
+from l2m_rag.state import Picked, Recalled, State, joined
 
 _KEY_VERSION = 1  # of what a key is made of; stored keys of another one mean nothing
 
@@ -102,11 +102,6 @@ class L2M(nn.Module):
             config: sizes.
         """
         config = config or L2MConfig()
-        if source == "default":
-            from l2m_rag.config import load_settings
-            from l2m_rag.weights import DEFAULT_DECODER, find
-
-            source = find(DEFAULT_DECODER, load_settings({})[0])
         return cls(load_backbone(source, config.depth), config)
 
     def start(self, batch: int = 1, streams: Sequence[str] | None = None) -> State:
@@ -177,8 +172,8 @@ class L2M(nn.Module):
             used = used + _cost(picked)
             hops.append(Hop(plan, sources, picked))
             stopped = [not any(found) or over for found, over in zip(picked.taken.tolist(), stopped, strict=True)]
-            mean = _joined([*before, picked]).mean()
-            plan = self.router(state.gist, state.slots, _occupancy(records), mean, len(hops))
+            mean = joined([*before, picked]).mean()
+            plan = self.router(state.gist, state.slots, records.occupancy, mean, len(hops))
         return hops, records
 
     def _pick(
@@ -192,7 +187,7 @@ class L2M(nn.Module):
         used: Tensor,
     ) -> Picked:
         """Pick the best records for a plan, and how finely each is read."""
-        known = _joined(before) if before else None
+        known = joined(before) if before else None
         device = state.gist.device
         asks = torch.tensor(sources, device=device)
         nowhere = torch.zeros(len(sources), 0, dtype=torch.int64, device=device)
@@ -344,7 +339,7 @@ class L2M(nn.Module):
         found = [part for part in parts if part is not None]
         if not found:
             return None
-        picked = _joined(found)
+        picked = joined(found)
         B, P, L, D = picked.values.shape
         vectors, counts = torch.zeros_like(picked.values), torch.zeros_like(picked.lengths)
         places = torch.zeros(B, P, L, device=vectors.device)
@@ -471,7 +466,7 @@ class L2M(nn.Module):
         gist = (x * inside[..., None]).sum(1) / lengths.clamp(min=1)[:, None].to(x.dtype)
         gist = torch.where((lengths > 0)[:, None], gist, state.gist)
         window, window_real = _window(state, x, inside if padded else None, config.window)
-        plan = self.router(gist, slots, _occupancy(kept), torch.zeros_like(gist), 0)
+        plan = self.router(gist, slots, kept.occupancy, torch.zeros_like(gist), 0)
         position, step = state.position + lengths, state.step + (lengths > 0)
         after = State(slots, kept, window, window_real, gist, position, plan, step, state.streams)
         return after, evicted
@@ -635,18 +630,10 @@ def _window(state: State, x: Tensor, inside: Tensor | None, most: int) -> tuple[
     return window.gather(1, order[..., None].expand(-1, -1, window.shape[2])), real.gather(1, order)
 
 
-def _joined(parts: Sequence[Picked]) -> Picked:
-    return parts[0] if len(parts) == 1 else Picked(*(torch.cat(column, 1) for column in zip(*parts, strict=True)))
-
-
 def _cost(picked: Picked) -> Tensor:
     """Give the positions that picked records take, (B,) int64."""
     counts = (picked.lengths + picked.ratio - 1) // picked.ratio.clamp(min=1)
     return (counts * (picked.ratio > 0)).sum(1)
-
-
-def _occupancy(records: Records) -> Tensor:
-    return (records.lengths > 0).float().mean(1)
 
 
 def _weights_hash(layer: nn.Linear) -> str:

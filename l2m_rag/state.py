@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -117,6 +117,11 @@ class Picked(NamedTuple):
         inside = torch.arange(self.values.shape[2], device=self.values.device) < counts[..., None]
         total = (self.values * inside[..., None]).sum((1, 2))
         return total / counts.sum(1, keepdim=True).clamp(min=1).to(total.dtype)
+
+
+def joined(parts: Sequence[Picked]) -> Picked:
+    """Give what several hops picked as one."""
+    return parts[0] if len(parts) == 1 else Picked(*(torch.cat(column, 1) for column in zip(*parts, strict=True)))
 
 
 class Recalled(NamedTuple):

@@ -21,7 +21,7 @@ from typing import Any, Literal, cast, get_type_hints
 import torch
 from torch import nn
 
-from l2m_rag.backbone import Backbone, load_backbone, tiny_backbone
+from l2m_rag.backbone import Backbone, load_backbone, locate, tiny_backbone
 from l2m_rag.checkpoint import add_lora, save_model
 from l2m_rag.episodes import Batches, TaskRecipe
 from l2m_rag.errors import ConfigError, CorruptError, L2MError, MissingExtraError
@@ -163,15 +163,9 @@ def build(recipe: Recipe) -> tuple[L2M, dict[str, Any], Any]:
     if told.source:
         from transformers import AutoTokenizer
 
-        source = told.source
-        if source == "default":
-            from l2m_rag.config import load_settings
-            from l2m_rag.weights import DEFAULT_DECODER, find
-
-            source = str(find(DEFAULT_DECODER, load_settings({})[0]))
-        backbone = load_backbone(source, depth, dtype=torch.bfloat16 if recipe.train.bf16 else torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        made: dict[str, Any] = {"source": str(source)}
+        backbone = load_backbone(told.source, depth, dtype=torch.bfloat16 if recipe.train.bf16 else torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(locate(told.source))
+        made: dict[str, Any] = {"source": told.source}
     else:
         ids = told.vocab_size or Batches(recipe.task, 1, recipe.model.segment_length, 0).vocab_size
         sizes: dict[str, Any] = {

@@ -44,9 +44,10 @@ class Records(NamedTuple):
         """Give the records at places, (B, P) int64 -> (B, P, ...)."""
         return Records(*(_gather(part, places) for part in self))
 
-    def inside(self, length: int) -> Tensor:
-        """Say which of the L states of each record stand for a token, (B, R, L) bool."""
-        return torch.arange(length, device=self.lengths.device) < self.lengths[..., None]
+    @property
+    def occupancy(self) -> Tensor:
+        """Share of the places that are taken, (B,) float32."""
+        return (self.lengths > 0).float().mean(1)
 
 
 def empty_records(
