@@ -41,6 +41,8 @@ bench_app = typer.Typer(
     help="Measure speed, beside its limit in the same run.\n\nExample: l2m bench ingest --folder contracts/",
 )
 
+_SUITE = 500  # questions of a set in a suite
+
 SetOption = Annotated[
     str, typer.Option("--set", metavar="NAME", help="Question set: xquad, squad2, squad-train, nq, clapnq, ...")
 ]
@@ -87,6 +89,9 @@ def retrieval(
 def qa(
     ctx: typer.Context,
     name: SetOption = "xquad",
+    suite: Annotated[
+        str | None, typer.Option("--suite", metavar="NAME", help="Several sets: default, or long (long documents).")
+    ] = None,
     questions: QuestionsOption = None,
     collection: InCollection = None,
     data: DataOption = None,
@@ -101,23 +106,35 @@ def qa(
 
     Examples:
       l2m eval qa --set xquad -n 200 --gold
+      l2m eval qa --suite default
+      l2m eval qa --suite long -n 100
       l2m eval qa --questions my-questions.jsonl -c contracts
 
-    Shares carry the half-width of their 95 % interval (`half`). Unanswerable questions are those of the set, or
+    A suite takes 500 questions of each set unless -n says otherwise; in the long one each document is searched by
+    itself. Shares carry the half-width of their 95 % interval (`half`). Unanswerable questions are those of the set, or
     each question again with its document kept from the search.
     """
     from l2m_rag import evaluate
 
     settings = settings_of(ctx, collection=collection, model=model, llm_url=llm_url)
     fetch(ctx, settings, as_json=as_json, decoder=True)
-    with _told(shows_progress(ctx, as_json)) as told:
-        asked, tasks = _asked(settings, name, questions, collection, data)
-        chosen = evaluate.sample(tasks.tasks, n)
-        rows = [
-            evaluate.answers(asked, chosen, gold=given, free=free, told=told)
-            for given in ((True, False) if gold else (False,))
-        ]
-    _say_rows([asdict(row) for row in rows], tasks.name, as_json)
+    if suite is not None:
+        from l2m_rag.tasks import SUITES
+
+        if suite not in SUITES:
+            raise UsageError(f"no suite named {suite!r}; known: {', '.join(SUITES)}")
+        if questions is not None or collection is not None:
+            raise UsageError("--suite brings its own questions; leave out --questions and --collection")
+    names = SUITES[suite] if suite is not None else (name,)
+    ways = (True,) if suite == "long" else (True, False) if gold or suite else (False,)
+    for one in names:
+        with _told(shows_progress(ctx, as_json)) as told:
+            asked, tasks = _asked(settings, one, questions, collection, data)
+            chosen = evaluate.sample(tasks.tasks, _SUITE if suite is not None and n is None else n)
+            rows = [evaluate.answers(asked, chosen, gold=way, free=free, told=told) for way in ways]
+        if suite is not None and not as_json:
+            output.say(one)
+        _say_rows([asdict(row) for row in rows], tasks.name, as_json)
 
 
 @eval_app.command(cls=Command)
@@ -133,7 +150,7 @@ def calibrate(
     """Fit the probability that there is an answer, on a set that may be trained on.
 
     Example:
-      l2m eval calibrate l2m_rag/data/answerability.json -n 300
+      l2m eval calibrate l2m_rag/data/reader/answerability.json --set timeqa-valid
     """
     from l2m_rag import evaluate
     from l2m_rag.tasks import SETS
@@ -223,6 +240,26 @@ def ask(
     asked = [one.text for one in read_questions(questions)] if questions else [*QUESTIONS] * 5
     fetch(ctx, settings, as_json=as_json, decoder=True)
     _say_figures(bench.ask(opened(settings), asked, told=remarks(ctx)), as_json)
+
+
+@bench_app.command("first-token", cls=Command)
+def first_token(
+    ctx: typer.Context,
+    tokens: Annotated[int, typer.Option(min=100, max=6000, metavar="N", help="Tokens of evidence.")] = 2000,
+    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Rounds; medians are given.")] = 5,
+    model: ModelOption = None,
+    as_json: Json = False,
+) -> None:
+    """Measure how soon an answer begins when its evidence is text, and when it is states at 1:1, 4:1 and 16:1.
+
+    Example:
+      l2m bench first-token
+    """
+    from l2m_rag import bench
+
+    settings = settings_of(ctx, model=model)
+    fetch(ctx, settings, as_json=as_json, embedder=False, decoder=True)
+    _say_figures(bench.first_token(settings, tokens=tokens, rounds=rounds, told=remarks(ctx)), as_json)
 
 
 def _asked(

@@ -90,7 +90,7 @@ def fetch(
     from l2m_rag import weights
 
     needed = [weights.DEFAULT_EMBEDDER] if embedder and settings.embedder == "default" else []
-    if decoder and settings.model == "default" and not settings.llm_url:
+    if decoder and settings.model in ("default", weights.DEFAULT_DECODER) and not settings.llm_url:
         needed.append(weights.DEFAULT_DECODER)
     show = shows_progress(ctx, as_json)
     for name in needed:
@@ -137,7 +137,8 @@ CollectionName = Annotated[
     str, typer.Argument(metavar="NAME", help="Name of the collection.", autocompletion=complete_collection)
 ]
 ModelOption = Annotated[
-    str | None, typer.Option("--model", metavar="M", help="Language model: `default`, a folder or a hub id.")
+    str | None,
+    typer.Option("--model", metavar="M", help="Language model: `default`, a checkpoint, a folder or a hub id."),
 ]
 UrlOption = Annotated[
     str | None, typer.Option("--llm-url", metavar="URL", help="Ask this OpenAI-compatible endpoint instead.")

@@ -160,6 +160,6 @@ def _numbers(text: str, kind: Any, option: str) -> list[Any]:
 
 
 def _line(figures: dict[str, Any]) -> str:
-    told = ("total", "answer", "retrieval", "right", "retrieved")
+    told = ("total", "answer", "retrieval", "right", "retrieved", "abstained")
     shown = ", ".join(f"{name} {figures[name]:.3f}" for name in told if name in figures)
     return f"step {figures['step']} ({figures['seconds']:.0f} s): {shown}"

@@ -65,19 +65,31 @@ class Backbone(nn.Module):
     def _inner(self) -> Any:
         return self.causal_lm.model
 
-    def lower(self, tokens: Tensor, *, first: int = 0, cache: Any = None) -> Tensor:
+    def lower(
+        self,
+        tokens: Tensor,
+        *,
+        first: int = 0,
+        cache: Any = None,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """Give the states at the encoder depth of segments that are each read by themselves.
 
         Args:
             tokens: ids, (B, T) int64.
             first: position of the first of them in its segment; more than 0 with a cache only.
-            cache: of the lower layers, when the segment comes piece by piece; one token at a time from then on.
+            cache: of the lower layers, when the segment comes piece by piece; one token at a time from then on, unless
+                a mask says what each may look at.
+            positions: of each token, (1 or B, T), where they do not follow each other.
+            mask: (B, 1, T, KV) bool.
 
         Returns:
             (B, T, D).
         """
-        positions = torch.arange(first, first + tokens.shape[1], device=tokens.device)[None]
-        return self._run(self._inner.embed_tokens(tokens), range(self.depth), positions, None, cache, None)
+        if positions is None:
+            positions = torch.arange(first, first + tokens.shape[1], device=tokens.device)[None]
+        return self._run(self._inner.embed_tokens(tokens), range(self.depth), positions, mask, cache, None)
 
     def upper(
         self,

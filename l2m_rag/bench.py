@@ -25,7 +25,7 @@ from l2m_rag.errors import L2MError, UsageError
 from l2m_rag.memory_tiers.hot_index import PROBES, HotIndex
 from l2m_rag.memory_tiers.lance_store import LanceStore, Vectors
 from l2m_rag.memory_tiers.records import Chunk
-from l2m_rag.models import load_embedder
+from l2m_rag.models import load_embedder, load_language_model
 
 if TYPE_CHECKING:
     from l2m_rag.config import Settings
@@ -343,6 +343,64 @@ def _recall(hot: HotIndex, queries: Vectors) -> float:
 
 
 # -- first token -------------------------------------------------------------------------------------------------------
+def first_token(
+    settings: Settings, *, tokens: int = 2000, rounds: int = 5, told: Told = lambda text: None
+) -> dict[str, Any]:
+    """Measure how soon the first token of an answer is there, by how its evidence enters the model.
+
+    All ways read the same passages and question with the same weights, in turn; medians. "text" is one sequence through
+    all layers, "first_use" encodes each passage and reads its states, the others read states that are kept.
+    """
+    import torch
+
+    from l2m_rag.reader import MemoryReader
+    from l2m_rag.reading import QUESTION
+
+    reader = load_language_model(settings)
+    if not isinstance(reader, MemoryReader):
+        raise UsageError("states are read by a memory model only; leave out --model and --llm-url")
+    question = "Which of these was said of the second one?"
+    texts = [reader.cut(text, 250) for text in made_texts(-(-tokens // 250), 400)]
+    backbone = reader.model.backbone
+    whole = torch.tensor(
+        [[*(one for text in texts for one in reader.ids(text)), *reader.ids(QUESTION.format(question))]]
+    )
+    whole = whole.to(reader.device)
+
+    def as_text() -> None:
+        with torch.inference_mode():
+            x = backbone.lower(whole)
+            top = backbone.upper(x, torch.arange(whole.shape[1], device=whole.device)[None])
+            backbone.head(top[:, -1:]).argmax().item()
+
+    def as_states(ratio: int, *, kept: bool = True) -> None:
+        if not kept:
+            reader.forget()
+        reader.prefill(question, texts, ratios=[ratio] * len(texts)).first.argmax().item()
+
+    ways: dict[str, Callable[[], None]] = {
+        "text": as_text,
+        "first_use": lambda: as_states(1, kept=False),
+        "states_1": lambda: as_states(1),
+        "states_4": lambda: as_states(4),
+        "states_16": lambda: as_states(16),
+    }
+    spent: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        told(f"round {number} of {rounds}" if number else "warming up")
+        for name, way in ways.items():
+            began = time.perf_counter()
+            way()
+            if number:
+                spent[name].append((time.perf_counter() - began) * 1000)
+    medians = {name: statistics.median(times) for name, times in spent.items()}
+    return {
+        "evidence_tokens": sum(map(reader.count, texts)),
+        **{f"{name}_ms": round(value, 1) for name, value in medians.items()},
+        **{f"{name}_sooner": round(medians["text"] / value, 2) for name, value in medians.items() if name != "text"},
+    }
+
+
 def ask(collection: Collection, questions: Sequence[str], *, told: Told = lambda text: None) -> dict[str, Any]:
     """Measure the time to the first token of answers once the models are loaded."""
     quiet = Collection(collection.name, collection.path, replace(collection.settings, abstain_below=0.0))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -85,16 +86,26 @@ def save_model(model: L2M, folder: Path, *, backbone: dict[str, Any], lora: int 
         shutil.rmtree(old)
 
 
-def load_model(folder: Path, *, dtype: torch.dtype | None = None) -> L2M:
-    """Load a model that `save_model` wrote.
+def reader_at(name: str | Path) -> Path:
+    """Give the folder of a checkpoint: "default" is the reader that ships."""
+    return Path(str(resources.files("l2m_rag"))) / "data" / "reader" if name == "default" else Path(name)
+
+
+def source_of(folder: Path) -> str:
+    """Give the name of the backbone that a checkpoint was trained on, for `load_backbone`.
 
     Raises:
-        L2MError: there is none.
-        IncompatibleError: it is of another format, or its backbone or its sizes do not fit.
-        CorruptError: a file cannot be read.
+        L2MError: it was trained on one that has no tokenizer, or there is no checkpoint.
     """
+    source = _described(folder)["backbone"].get("source")
+    if not source:
+        raise L2MError(f"{folder} was trained on a backbone made from nothing; it has no tokenizer to read text with")
+    return str(source)
+
+
+def _described(folder: Path) -> dict[str, Any]:
     try:
-        described = json.loads((folder / "config.json").read_text())
+        described: dict[str, Any] = json.loads((folder / "config.json").read_text())
     except FileNotFoundError:
         raise L2MError(f"{folder} holds no checkpoint (config.json is missing)") from None
     except ValueError as error:
@@ -103,32 +114,96 @@ def load_model(folder: Path, *, dtype: torch.dtype | None = None) -> L2M:
         raise IncompatibleError(
             f"checkpoint {folder} has format {described.get('format')}; this version reads {FORMAT}"
         )
+    return described
+
+
+def load_model(
+    folder: Path, *, dtype: torch.dtype | None = None, merged: bool = False, source: str | Path | None = None
+) -> L2M:
+    """Load a model that `save_model` wrote.
+
+    Args:
+        folder: of the checkpoint.
+        dtype: of the backbone.
+        merged: LoRA adapters are added into the weights they stand beside, which makes them quicker, needs no peft, and
+            leaves nothing to train; else they stay apart.
+        source: where the backbone lies; by default where the checkpoint says.
+
+    Raises:
+        L2MError: there is none.
+        IncompatibleError: it is of another format, or its backbone or its sizes do not fit.
+        CorruptError: a file cannot be read.
+    """
+    described = _described(folder)
     try:
         sizes: Any = described["config"]
         given: Any = {name: tuple(size) if isinstance(size, list) else size for name, size in sizes.items()}
         config = L2MConfig(**given)
         made = described["backbone"]
         tiny = "tiny" in made
-        backbone = tiny_backbone(**made["tiny"]) if tiny else load_backbone(made["source"], config.depth, dtype=dtype)
-        shards, lora, marked = described["shards"], described["lora"], described["fingerprint"]
-        if lora:
+        backbone = (
+            tiny_backbone(**made["tiny"])
+            if tiny
+            else load_backbone(source or made["source"], config.depth, dtype=dtype)
+        )
+        lora, marked = described["lora"], described["fingerprint"]
+        if lora and not merged:
             add_lora(backbone, lora)
-        model = L2M(backbone, config)
-        weights: dict[str, torch.Tensor] = {}
-        for number in range(shards):
-            weights |= load_file(folder / f"weights-{number:02}.safetensors")
-    except (SafetensorError, OSError) as error:
-        raise CorruptError(f"the weights in {folder} cannot be read ({error})") from error
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # what was not trained is the same each time
+            model = L2M(backbone, config)
     except (KeyError, TypeError) as error:
         raise IncompatibleError(f"{folder / 'config.json'} does not describe a memory model: {error}") from error
+    weights = _weights(folder, described)
+    if lora and merged:
+        weights = _merge(weights, model, folder)
     _put(weights, model, folder)
-    if len(weights) != described["parameters"]:
-        raise CorruptError(f"{folder} holds {len(weights)} weights, its config.json says {described['parameters']}")
     if fingerprint(backbone) != marked:
         raise IncompatibleError(
             f"{folder} was trained on backbone {marked}, this one is {fingerprint(backbone)}; give it the same weights"
         )
     return model.eval()
+
+
+def put_weights(folder: Path, model: L2M) -> None:
+    """Put what a checkpoint holds into a model of the same sizes that is to be trained on.
+
+    Raises:
+        L2MError: there is no checkpoint.
+        IncompatibleError: a weight does not fit.
+        CorruptError: a file cannot be read.
+    """
+    _put(_weights(folder, _described(folder)), model, folder)
+
+
+def _weights(folder: Path, described: dict[str, Any]) -> dict[str, torch.Tensor]:
+    weights: dict[str, torch.Tensor] = {}
+    try:
+        for number in range(described["shards"]):
+            weights |= load_file(folder / f"weights-{number:02}.safetensors")
+        told = described["parameters"]
+    except (SafetensorError, OSError) as error:
+        raise CorruptError(f"the weights in {folder} cannot be read ({error})") from error
+    except (KeyError, TypeError) as error:
+        raise IncompatibleError(f"{folder / 'config.json'} does not describe a memory model: {error}") from error
+    if len(weights) != told:
+        raise CorruptError(f"{folder} holds {len(weights)} weights, its config.json says {told}")
+    return weights
+
+
+@torch.no_grad()
+def _merge(weights: dict[str, torch.Tensor], model: L2M, folder: Path) -> dict[str, torch.Tensor]:
+    """Add adapters into the layers they stand beside: W + 2 B A, as `add_lora` scales them; give the other weights."""
+    own = dict(model.named_parameters())
+    rest = {name: weight for name, weight in weights.items() if ".lora_" not in name}
+    for name in weights:
+        if ".lora_A." not in name:
+            continue
+        base, down, up = name.split(".lora_A.")[0] + ".weight", weights[name], weights.get(name.replace("_A.", "_B."))
+        if base not in own or up is None or own[base].shape != (up.shape[0], down.shape[1]):
+            raise IncompatibleError(f"{folder}: adapter {name} fits no layer of the model")
+        own[base].copy_(own[base].float() + 2 * up.float() @ down.float())
+    return rest
 
 
 @torch.no_grad()

@@ -121,7 +121,7 @@ class Settings:
     """Positions (tokens of the language model) of evidence read for an answer."""
 
     focus: int = 3
-    """Sentences of that evidence that an answer is quoted from, those that fit the question best."""
+    """Sentences of that evidence that a model which was not trained to read quotes from; the trained one reads all."""
 
     threads: int = 0
     """CPU threads; 0 for all."""

@@ -18,12 +18,13 @@ import torch
 from l2m_rag.errors import ConfigError
 from l2m_rag.losses import IGNORED, Episode
 from l2m_rag.probes import NAMES, associative_recall, noise_sentences, vocabulary
+from l2m_rag.reading_data import SOURCES
 from l2m_rag.stories import Hidden, Story, hide, stories
 
 Make = Callable[[int, int], Episode]
 """Called with (step, number of segments); gives a batch."""
 
-KINDS = ("associative_recall", "stories", "needle", "books")
+KINDS = ("associative_recall", "stories", "needle", "books", "reading")
 _MARKER = "\nAnswer:"
 
 
@@ -33,7 +34,7 @@ class TaskRecipe:
 
     Args:
         kind: "associative_recall" (token ids, no tokenizer), "stories" (simulated worlds), "needle" (a pass key among
-            the sentences of books) or "books" (going on).
+            the sentences of books), "books" (going on) or "reading" (questions about passages, `l2m_rag.reading`).
         pairs: of a text; associative recall.
         keys: different keys; associative recall.
         values: different values; associative recall.
@@ -42,9 +43,18 @@ class TaskRecipe:
         renamed: share of stories in other words.
         noise: folder of books; stories and needles are hidden in their sentences, and "books" reads them.
         decoys: sentences about others that a story or a needle has hidden beside it, at most.
+        data: folder of the question sets; reading.
+        sources: names of those that are read, of `reading_data.SOURCES`.
+        shares: share of the passages of each source that one epoch takes, as many as there are sources; () for all.
+        clozes: passages that cloze questions are made of.
+        row: most tokens of passages and all their questions together; reading.
+        unanswerable: about how many questions for each with an answer are asked where there is none; reading.
+        ratios: at which passages are read, one drawn for each batch; reading.
+        rebuild: share of steps in which passages, of `noise` where it is named, are written back from pooled states.
+        cached: most bytes of lower states that are kept between batches; reading on a CPU.
     """
 
-    kind: Literal["associative_recall", "stories", "needle", "books"] = "associative_recall"
+    kind: Literal["associative_recall", "stories", "needle", "books", "reading"] = "associative_recall"
     pairs: int = 8
     keys: int = 32
     values: int = 32
@@ -53,12 +63,25 @@ class TaskRecipe:
     renamed: float = 0.5
     noise: str = ""
     decoys: int = 0
+    data: str = ""
+    sources: tuple[str, ...] = SOURCES
+    shares: tuple[float, ...] = ()
+    clozes: int = 3000
+    row: int = 768
+    unanswerable: float = 0.25
+    ratios: tuple[int, ...] = (1,)
+    rebuild: float = 0.0
+    cached: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ConfigError(f"task.kind ({self.kind}) must be one of {', '.join(KINDS)}")
         if self.kind in ("needle", "books") and not self.noise:
             raise ConfigError(f"task.noise must name a folder of books for task.kind {self.kind}")
+        if self.kind == "reading" and not self.data:
+            raise ConfigError("task.data must name the folder of the question sets for task.kind reading")
+        if self.shares and len(self.shares) != len(self.sources):
+            raise ConfigError(f"task.shares ({list(self.shares)}) must hold one share for each of task.sources")
         if not 0 <= self.renamed <= 1:
             raise ConfigError(f"task.renamed ({self.renamed}) must be a share between 0 and 1")
 

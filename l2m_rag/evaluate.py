@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from l2m_rag import qa
+from l2m_rag import answerability, qa
 from l2m_rag.collection import Collection
 from l2m_rag.errors import MissingExtraError, UsageError
 from l2m_rag.memory_tiers.records import Passage
@@ -306,13 +306,13 @@ def _qa_row(evidence: str, outcomes: Sequence[_Outcome], positive: int, threshol
 
 # -- the probability that there is an answer ---------------------------------------------------------------------------
 def calibrate(collection: Collection, tasks: Sequence[Task], *, told: Told | None = None) -> dict[str, object]:
-    """Fit the weights of `qa.answerable_probability`: logistic regression over the evidence's features.
+    """Fit the weights of the probability that there is an answer: logistic regression over the evidence's features.
 
     Each question is asked with its document in reach and with it kept from the search; the label is whether a passage
     that was read holds a gold answer and comes from the document.
 
     Returns:
-        The weights, and how they were fitted, as `l2m_rag/data/answerability.json` holds them.
+        The weights, and how they were fitted, as `answerability.json` holds them.
     """
     try:
         from sklearn.linear_model import LogisticRegression
@@ -329,17 +329,24 @@ def calibrate(collection: Collection, tasks: Sequence[Task], *, told: Told | Non
         read, _ = qa.within(hits, model, collection.settings.budget)
         if read:
             asked = qa.cut_question(task.question, model, collection.settings.budget)
-            ranked = qa.rank_sentences(asked, read, collection.closeness)
-            found, _ = qa.find_spans(asked, read, ranked[: collection.settings.focus], model)
-            points.append(qa.evidence_features(read, ranked, [span.score for span, _ in found]))
+            ranked = qa.rank_sentences(asked, read, None if model.whole else collection.closeness)
+            _, quoted = qa.find_spans(
+                asked, read, ranked, model, budget=collection.settings.budget, focus=collection.settings.focus
+            )
+            points.append(qa.evidence_features(read, ranked, quoted))
             labels.append(int(any(_holds(task, passage) for passage in read)))
         if told:
             told(number, len(jobs))
+    if len(set(labels)) < 2:
+        raise UsageError(
+            f"{sum(labels)} of {len(labels)} searches found the answer; to fit the probability, take questions of "
+            "which some are found and some are not"
+        )
     names = list(points[0])
     matrix = np.array([[point[name] for name in names] for point in points])
     fitted = LogisticRegression(C=10.0, max_iter=1000).fit(matrix, labels)
     weights = {"bias": float(fitted.intercept_[0]), **dict(zip(names, map(float, fitted.coef_[0]), strict=True))}
-    probabilities = [qa.logistic(weights, point) for point in points]
+    probabilities = [answerability.probability(weights, point) for point in points]
     return {
         "weights": {name: round(weight, 4) for name, weight in weights.items()},
         "fitted": f"{len(points)} searches for {len(jobs) // 2} questions, {sum(labels)} of them with the answer found",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from l2m_rag.weights import DEFAULT_DECODER, DEFAULT_EMBEDDER, find
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from l2m_rag.endpoint import Endpoint
     from l2m_rag.generate import Decoder
     from l2m_rag.indexers.embedding import Embedder
+    from l2m_rag.reader import MemoryReader
 
 
 def load_embedder(settings: Settings) -> Embedder:
@@ -21,13 +23,31 @@ def load_embedder(settings: Settings) -> Embedder:
     return _load_embedder(settings.embedder, settings.embedder, settings.threads)
 
 
-def load_language_model(settings: Settings) -> Decoder | Endpoint:
+def load_language_model(settings: Settings) -> MemoryReader | Decoder | Endpoint:
     """Give the language model that the settings name, loaded once."""
     if settings.llm_url:
         return _load_endpoint(settings.llm_url, settings.llm_model, settings.llm_key)
-    if settings.model == "default":
+    if settings.model == DEFAULT_DECODER:
         return _load_decoder(str(find(DEFAULT_DECODER, settings)), DEFAULT_DECODER, settings.threads)
+    folder = reader_folder(settings.model)
+    if folder is not None:
+        from l2m_rag.checkpoint import source_of
+
+        named = source_of(folder)
+        source = str(find(DEFAULT_DECODER, settings)) if named == "default" else named
+        return _load_reader(folder, source, settings.model, settings.threads)
     return _load_decoder(settings.model, settings.model, settings.threads)
+
+
+def reader_folder(model: str) -> Path | None:
+    """Give the checkpoint of a memory model that a name stands for: the one that ships, or a folder; None for none."""
+    from l2m_rag.checkpoint import reader_at
+
+    folder = reader_at(model)
+    if model == "default":
+        return folder
+    described = folder / "config.json"
+    return folder if described.is_file() and '"fingerprint"' in described.read_text(errors="replace") else None
 
 
 @lru_cache(maxsize=2)
@@ -35,6 +55,13 @@ def _load_embedder(source: str, name: str, threads: int) -> Embedder:
     from l2m_rag.indexers.embedding import Embedder
 
     return Embedder(source, name=name, threads=threads)
+
+
+@lru_cache(maxsize=2)
+def _load_reader(folder: Path, source: str, name: str, threads: int) -> MemoryReader:
+    from l2m_rag.reader import MemoryReader
+
+    return MemoryReader(folder, name=name, source=source, threads=threads)
 
 
 @lru_cache(maxsize=2)

@@ -7,24 +7,22 @@ quote is verbatim by construction; free text is an option, and its quotes are lo
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
-from importlib import resources
 from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
+from l2m_rag import answerability
 from l2m_rag.config import LONGEST_QUESTION
 from l2m_rag.errors import UsageError
-from l2m_rag.generate import Span, milliseconds
+from l2m_rag.generate import milliseconds
 from l2m_rag.memory_tiers.records import Passage
+from l2m_rag.spans import Quoted, Span
 
 _QUESTION_SHARE = 4  # a question takes at most one in four of the positions
-_SYSTEM = "You answer questions with a few words copied from the given text."
 _SYSTEM_FREE = (
     "You answer questions from the numbered passages only. Name the passages you used like [1]. "
     "Reply with 'I cannot answer' when they do not hold the answer."
@@ -63,16 +61,20 @@ class Speller(Protocol):
 
 @runtime_checkable
 class Reader(Speller, Protocol):
-    """A language model whose decoding can be constrained."""
+    """A language model that can be held to spans of the passages."""
 
-    def prompt(self, system: str, user: str, opening: str = "") -> list[int]:
-        """Give the tokens of a prompt."""
+    @property
+    def whole(self) -> bool:
+        """Whether it reads passages whole; else their sentences that fit the question best."""
         ...
 
-    def spans(
-        self, prompt: Sequence[int], passages: Sequence[str], *, lead: str = "", beams: int = 4, best: int = 3
-    ) -> list[Span]:
-        """Find the likeliest spans of some passages."""
+    @property
+    def answerability(self) -> dict[str, float]:
+        """Weights of the probability that there is an answer."""
+        ...
+
+    def quote(self, question: str, passages: Sequence[str]) -> Quoted:
+        """Find the likeliest spans of some texts."""
         ...
 
 
@@ -183,7 +185,7 @@ def answer(
     if not read:
         draft = _Draft("", "none", 0.0, [], 0, 0, time.monotonic())
     elif isinstance(model, Reader) and not free:
-        draft = _quote(asked, read, model, abstain_below, focus, closeness)
+        draft = _quote(asked, read, model, abstain_below, budget, focus, closeness)
         say(draft.text)
     else:
         draft = _write(asked, read, model, history, closeness, abstain_below, say)
@@ -285,24 +287,24 @@ def rank_sentences(question: str, read: Sequence[Passage], closeness: Closeness 
 
 
 def find_spans(
-    question: str, read: Sequence[Passage], best: Sequence[Sentence], reader: Reader
-) -> tuple[list[tuple[Span, Passage]], int]:
-    """Give the likeliest spans of some sentences, best first, with their passages, and the length of the prompt.
+    question: str, read: Sequence[Passage], ranked: Sequence[Sentence], reader: Reader, *, budget: int, focus: int
+) -> tuple[list[tuple[Span, Passage]], Quoted]:
+    """Give the likeliest spans of the passages or of their best sentences, best first, and all the reader found.
 
-    The sentence that fits worst is read first, so that the best stands by the question. The spans' offsets are those in
-    the passages; the length is in tokens.
+    What fits worst is read first, so that the best stands by the question. Offsets are those in the passages.
     """
-    order = list(reversed(best))
-    texts = [read[sentence.passage].chunk.text[sentence.start : sentence.end] for sentence in order]
-    evidence = "\n\n".join(texts)
-    prompt = reader.prompt(_SYSTEM, f"{evidence}\n\nQuestion: {question}\nAnswer:", "Answer:")
+    if reader.whole:
+        places = [(number, 0, len(reader.cut(passage.chunk.text, budget))) for number, passage in enumerate(read)]
+    else:
+        places = [(sentence.passage, sentence.start, sentence.end) for sentence in ranked[:focus]]
+    places.reverse()
+    quoted = reader.quote(question, [read[number].chunk.text[low:high] for number, low, high in places])
     found = []
-    for span in reader.spans(prompt, texts, lead=" "):
-        sentence = order[span.passage]
-        shift = sentence.start
-        moved = replace(span, passage=sentence.passage, start=span.start + shift, end=span.end + shift)
-        found.append((moved, read[sentence.passage]))
-    return found, len(prompt)
+    for span in quoted.spans:
+        number, shift, _ = places[span.passage]
+        moved = replace(span, passage=number, start=span.start + shift, end=span.end + shift)
+        found.append((moved, read[number]))
+    return found, quoted
 
 
 def _quote(
@@ -310,24 +312,27 @@ def _quote(
     read: Sequence[Passage],
     reader: Reader,
     abstain_below: float,
+    budget: int,
     focus: int,
     closeness: Closeness | None,
 ) -> _Draft:
-    """Answer with the likeliest span of the best sentences, unless the passages are not likely to hold an answer."""
-    ranked = rank_sentences(question, read, closeness)
-    found, length = find_spans(question, read, ranked[:focus], reader) if ranked else ([], 0)
+    """Answer with the likeliest span, unless the passages are not likely to hold an answer."""
+    ranked = rank_sentences(question, read, None if reader.whole else closeness)
+    if not ranked:
+        return _Draft("", "none", 0.0, [], 0, 0, time.monotonic())
+    found, quoted = find_spans(question, read, ranked, reader, budget=budget, focus=focus)
     if not found:
-        return _Draft("", "none", 0.0, [], length, 0, time.monotonic())
+        return _Draft("", "none", 0.0, [], quoted.prompt, 0, time.monotonic())
     top = found[0][0].score
     # the same words at several places: the passage that the search likes best is cited first
     equal = sorted((entry for entry in found if entry[0].score == top), key=lambda entry: -entry[1].score)
-    probability = answerable_probability(evidence_features(read, ranked, [span.score for span, _ in found]))
+    probability = answerability.probability(reader.answerability, evidence_features(read, ranked, quoted))
     text = _text(*equal[0])
     citations = _numbered(equal[:3])
     kind = "span"
     if probability < abstain_below:
         text, kind, citations = "", "none", []
-    return _Draft(text, kind, probability, citations, length, equal[0][0].tokens, time.monotonic())
+    return _Draft(text, kind, probability, citations, quoted.prompt, equal[0][0].tokens, time.monotonic())
 
 
 def _write(
@@ -352,7 +357,8 @@ def _write(
     text = "".join(pieces).strip()
     spans = _support(text, read)
     found = bool(text) and not _REFUSAL.search(text) and bool(spans)
-    probability = answerable_probability(evidence_features(read, rank_sentences(question, read, closeness), []))
+    ranked = rank_sentences(question, read, closeness)
+    probability = answerability.probability(answerability.untrained(), evidence_features(read, ranked, None))
     kind = "free" if found and probability >= abstain_below else "none"
     return _Draft(
         text if kind == "free" else "",
@@ -435,38 +441,23 @@ def _covered(words: Sequence[str], text: str) -> float:
     return sum(word in lower for word in words) / max(len(words), 1)
 
 
-def evidence_features(read: Sequence[Passage], ranked: Sequence[Sentence], scores: Sequence[float]) -> dict[str, float]:
+def evidence_features(read: Sequence[Passage], ranked: Sequence[Sentence], quoted: Quoted | None) -> dict[str, float]:
     """Give what tells whether the passages hold an answer.
 
     Args:
         read: passages, best first; at least one.
         ranked: their sentences, best first.
-        scores: log-probabilities of the best spans, best first; empty when none were made.
+        quoted: what a reader found; None when none was asked.
     """
-    distinct = sorted(set(scores), reverse=True)
-    return {
+    distinct = sorted({span.score for span in quoted.spans}, reverse=True) if quoted else []
+    found = {
         "passage": max((passage.dense or 0.0 for passage in read), default=0.0),
         "sentence": max((sentence.cosine for sentence in ranked), default=0.0),
         "covered": max((sentence.covered for sentence in ranked), default=0.0),
         "span": max(distinct[0], -20.0) if distinct else 0.0,
         "margin": min(distinct[0] - distinct[1], 5.0) if len(distinct) > 1 else 0.0,
     }
-
-
-def answerable_probability(features: dict[str, float]) -> float:
-    """Give the probability that the passages hold an answer: logistic regression, fitted by `l2m eval calibrate`."""
-    return logistic(_weights(), features)
-
-
-@lru_cache(maxsize=1)
-def _weights() -> dict[str, float]:
-    weights: dict[str, float] = json.loads(resources.files("l2m_rag").joinpath("data/answerability.json").read_text())[
-        "weights"
-    ]
-    return weights
-
-
-def logistic(weights: dict[str, float], features: dict[str, float]) -> float:
-    """Give 1 / (1 + exp(-z)), z the weighted sum of the features and the bias."""
-    z = weights["bias"] + sum(weights[name] * value for name, value in features.items())
-    return 1 / (1 + math.exp(-max(-50.0, min(50.0, z))))
+    if quoted is not None and quoted.empty is not None:
+        # log-odds that there is no answer, by the reader's own choice
+        found["empty"] = max(-20.0, quoted.empty - math.log1p(-math.exp(min(quoted.empty, -1e-6))))
+    return found

@@ -6,6 +6,7 @@ A set is read from JSON lines, zstd or plain, in whatever of the usual shapes th
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -56,11 +57,12 @@ class TaskSet:
 
 @dataclass(frozen=True, slots=True)
 class _Files:
-    """Where a set lies below the data folder, and whether it may be trained on."""
+    """Where a set lies below the data folder, which part of it is meant, and whether it may be trained on."""
 
     questions: tuple[str, ...]
     documents: tuple[str, ...] = ()
     distractors: tuple[str, ...] = ()
+    part: str = ""
     train: bool = False
 
 
@@ -75,9 +77,33 @@ SETS = {
     "nq": _Files(("nq_oracle/dev.jsonl.zst",), distractors=_WIKI),
     "clapnq": _Files(("clapnq/dev.jsonl.zst",), distractors=_WIKI),
     "policyqa": _Files(("policyqa/dev.jsonl.zst",)),
+    "tweetqa": _Files(("tweetqa/dev.jsonl.zst",)),
+    "ropes": _Files(("ropes/dev.jsonl.zst",)),
     "covidqa": _Files(("covidqa/qa.jsonl.zst",), documents=("covidqa/docs.jsonl.zst",), train=True),
-    "cuad": _Files(("cuad/qa.jsonl.zst",), documents=("cuad/contracts.jsonl.zst",), train=True),
+    # long documents, one at a time
+    "cuad": _Files(("cuad/qa.jsonl.zst",), documents=("cuad/contracts.jsonl.zst",), part="evaluation"),
+    "timeqa": _Files(("timeqa/qa_train.jsonl.zst",), documents=("timeqa/docs.jsonl.zst",), part="evaluation"),
+    "timeqa-valid": _Files(
+        ("timeqa/qa_train.jsonl.zst",), documents=("timeqa/docs.jsonl.zst",), part="validation", train=True
+    ),
+    "fairytaleqa": _Files(("fairytaleqa/dev.jsonl.zst",), documents=("fairytaleqa/stories.jsonl.zst",)),
+    "hotpotqa": _Files(("hotpotqa/distractor_500.jsonl.zst",)),
 }
+
+SUITES = {
+    "default": ("xquad", "squad2", "nq", "policyqa", "tweetqa", "ropes"),
+    "long": ("cuad", "timeqa", "fairytaleqa", "hotpotqa"),
+}
+"""Sets that are measured together: short passages, and long documents that are searched one at a time."""
+
+
+def part_of(document: str) -> str:
+    """Give the part that a document of timeqa or cuad belongs to, by its id alone.
+
+    It is "train" for four in five; the others are "evaluation" and "validation" in turn.
+    """
+    number = int(hashlib.sha256(document.encode()).hexdigest(), 16) % 10
+    return {0: "evaluation", 5: "validation"}.get(number, "train")
 
 
 def data_folder(given: Path | None = None) -> Path:
@@ -107,12 +133,18 @@ def load_set(name: str, data: Path) -> TaskSet:
     names: dict[str, str] = {}  # id by text, so that a passage that stands in two files is one document
     for file in files.documents:
         for row in rows(data / file):
-            documents[str(row["doc_id"])] = str(row.get("text") or row["context"])
+            text = row.get("text") or row.get("context") or "\n\n".join(row["sections"])
+            documents[f"{row['doc_id']}.txt"] = str(text)
     tasks = []
     for file in files.questions:
         for row in rows(data / file):
-            document = str(row["doc_id"]) if files.documents else _document(row["context"], names, documents)
+            if files.part and part_of(str(row["doc_id"])) != files.part:
+                continue
+            document = f"{row['doc_id']}.txt" if files.documents else _document(row["context"], names, documents)
             tasks.append(_task(row, document))
+    if files.documents:  # of those only what is asked about
+        asked = {task.document for task in tasks}
+        documents = {name: text for name, text in documents.items() if name in asked}
     for file in files.distractors:
         for row in rows(data / file):
             _document(row.get("context") or row["text"], names, documents)

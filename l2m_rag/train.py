@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from l2m_rag.backbone import Backbone, load_backbone, locate, tiny_backbone
-from l2m_rag.checkpoint import add_lora, save_model
+from l2m_rag.checkpoint import add_lora, put_weights, reader_at, save_model
 from l2m_rag.episodes import Batches, TaskRecipe
 from l2m_rag.errors import ConfigError, CorruptError, L2MError, MissingExtraError
 from l2m_rag.losses import EpisodeLoss, LossWeights
@@ -57,6 +57,7 @@ class TrainRecipe:
     """How it is trained.
 
     Args:
+        start: checkpoint whose weights are trained on; "default" is the one that ships, "" starts anew.
         steps: in all.
         batch: texts in a step, over all devices.
         lr: highest learning rate; it rises over `warmup` steps and falls linearly to a tenth.
@@ -77,6 +78,7 @@ class TrainRecipe:
         log_every: steps.
     """
 
+    start: str = ""
     steps: int = 1000
     batch: int = 32
     lr: float = 1e-3
@@ -158,7 +160,7 @@ def _fill(kind: Any, given: dict[str, Any], table: str) -> Any:
 def build(recipe: Recipe) -> tuple[L2M, dict[str, Any], Any]:
     """Make the model of a recipe; give it, how its backbone is made, and the tokenizer (None for a tiny one)."""
     torch.manual_seed(recipe.train.seed)
-    depth, told = recipe.model.depth, recipe.backbone
+    depth, told, plan = recipe.model.depth, recipe.backbone, recipe.train
     tokenizer = None
     if told.source:
         from transformers import AutoTokenizer
@@ -174,7 +176,13 @@ def build(recipe: Recipe) -> tuple[L2M, dict[str, Any], Any]:
         }  # fmt: skip
         backbone, made = tiny_backbone(**sizes), {"tiny": sizes}
     _choose(backbone, recipe)
-    return L2M(backbone, recipe.model), made, tokenizer
+    model = L2M(backbone, recipe.model)
+    if recipe.task.kind == "reading":  # which the memory has no part in
+        for part in (model.router, model.slots, model.slot_layers):
+            part.requires_grad_(False)
+    if plan.start:
+        put_weights(reader_at(plan.start), model)
+    return model, made, tokenizer
 
 
 def _choose(backbone: Backbone, recipe: Recipe) -> None:
@@ -217,31 +225,35 @@ def train(recipe: Recipe, folder: Path, *, told: Told = lambda figures: None) ->
     if plan.batch % world:
         raise ConfigError(f"train.batch ({plan.batch}) must be a multiple of the {world} processes")
     model, made, tokenizer = build(recipe)
-    batches = Batches(recipe.task, plan.batch, recipe.model.segment_length, plan.seed, tokenizer)
-    loss: Any = EpisodeLoss(model, recipe.losses, hops=plan.hops, memory=plan.memory)
+    batches, loss = _work(recipe, model, tokenizer, folder)
     loss.train()
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=plan.lr, weight_decay=plan.weight_decay)
-    step = _resume(folder, recipe, model, optimizer)
-    loss, optimizer = accelerator.prepare(loss, optimizer)
+    masters = Masters(model)
+    optimizer = torch.optim.AdamW(masters.weights, lr=plan.lr, weight_decay=plan.weight_decay)
+    step = _resume(folder, recipe, masters, optimizer)
+    loss = accelerator.prepare(loss)
     began = saved = time.monotonic()
     figures: dict[str, Any] = {}
+    since: list[dict[str, torch.Tensor]] = []
     with _stoppable() as stopped:
         while step < plan.steps and not stopped:
             torch.manual_seed(plan.seed * 1_000_003 + step)  # chance within a step depends on nothing before it
-            accelerator.unwrap_model(loss).teacher = _between(*plan.teacher, step / plan.steps)
+            if isinstance(inner := accelerator.unwrap_model(loss), EpisodeLoss):
+                inner.teacher = _between(*plan.teacher, step / plan.steps)
             whole = batches(step, _segments(plan, step))
             part = type(whole)(*(piece[rank::world] for piece in whole)).to(accelerator.device)
             for group in optimizer.param_groups:
                 group["lr"] = plan.lr * _rate(plan, step)
             outcome = loss(part)
-            optimizer.zero_grad()
+            since.append({name: value.detach() for name, value in {**outcome.losses, **outcome.figures}.items()})
             accelerator.backward(outcome.losses["total"])
-            norm = accelerator.clip_grad_norm_(trained, plan.clip)
+            masters.take_gradients()
+            norm = torch.nn.utils.clip_grad_norm_(masters.weights, plan.clip)
             optimizer.step()
+            masters.give_weights()
             step += 1
             if step % plan.log_every == 0 or step == plan.steps:
-                figures = _figures(accelerator, outcome, step, time.monotonic() - began, norm)
+                figures = _figures(accelerator, since, step, time.monotonic() - began, norm)
+                since.clear()
                 if not math.isfinite(figures["total"]):
                     raise L2MError(
                         f"the loss is {figures['total']} at step {step}; go on from {folder} with a lower train.lr"
@@ -250,15 +262,65 @@ def train(recipe: Recipe, folder: Path, *, told: Told = lambda figures: None) ->
                     _append(folder / "metrics.jsonl", figures)
                     told(figures)
             if main and time.monotonic() - saved > plan.save_seconds:
-                _save(folder, recipe, model, optimizer, step)
+                _save(folder, recipe, masters, optimizer, step)
                 saved = time.monotonic()
     if main:
-        _save(folder, recipe, model, optimizer, step)
+        _save(folder, recipe, masters, optimizer, step)
         if step >= plan.steps:
             save_model(model, folder / "model", backbone=made, lora=plan.lora_rank if plan.what == "lora" else 0)
             plot(folder)
     accelerator.wait_for_everyone()
     return {**figures, "step": step, "done": step >= plan.steps, "seconds": round(time.monotonic() - began, 1)}
+
+
+def _work(recipe: Recipe, model: L2M, tokenizer: Any, folder: Path) -> tuple[Any, Any]:
+    """Give what makes the batches of a task, and the module that gives their loss."""
+    task, plan = recipe.task, recipe.train
+    if task.kind == "reading":
+        from l2m_rag.reading import ReadingBatches, ReadingLoss, load_material, paragraphs
+
+        material = load_material(folder / "material.json", Path(task.data), task.sources, task.clozes, plan.seed)
+        batches = ReadingBatches(
+            material,
+            tokenizer,
+            batch=plan.batch,
+            longest=task.row,
+            unanswerable=task.unanswerable,
+            shares=dict(zip(task.sources, task.shares, strict=False)),
+            rebuild=task.rebuild,
+            texts=paragraphs(Path(task.noise), plan.seed) if task.noise and task.rebuild else (),
+            seed=plan.seed,
+        )
+        return batches, ReadingLoss(model, ratios=task.ratios, cached=task.cached)
+    made = Batches(task, plan.batch, recipe.model.segment_length, plan.seed, tokenizer)
+    return made, EpisodeLoss(model, recipe.losses, hops=plan.hops, memory=plan.memory)
+
+
+class Masters:
+    """The weights that are trained, in float32, of which the model's own may be roundings.
+
+    In bfloat16 a step of less than one part in 256 of a weight would be lost.
+
+    Args:
+        model: whose trainable weights they are.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._own = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        self.by_name = {name: weight.detach().clone().float() for name, weight in self._own.items()}
+        self.weights = list(self.by_name.values())
+
+    def take_gradients(self) -> None:
+        """Move the gradients from the model to the masters."""
+        for own, master in zip(self._own.values(), self.weights, strict=True):
+            master.grad = None if own.grad is None else own.grad.float()
+            own.grad = None
+
+    @torch.no_grad()
+    def give_weights(self) -> None:
+        """Round the masters into the model."""
+        for own, master in zip(self._own.values(), self.weights, strict=True):
+            own.copy_(master)
 
 
 def _segments(plan: TrainRecipe, step: int) -> int:
@@ -276,10 +338,16 @@ def _between(first: float, last: float, share: float) -> float:
     return first + (last - first) * share
 
 
-def _figures(accelerator: Any, outcome: Any, step: int, seconds: float, norm: Any) -> dict[str, Any]:
-    found = {name: float(accelerator.reduce(value.detach(), "mean")) for name, value in outcome.losses.items()}
-    found |= {name: float(accelerator.reduce(value.detach(), "mean")) for name, value in outcome.figures.items()}
-    return {"step": step, "seconds": round(seconds, 2), "gradient": round(float(norm), 4), **found}
+def _figures(
+    accelerator: Any, since: list[dict[str, torch.Tensor]], step: int, seconds: float, norm: Any
+) -> dict[str, Any]:
+    """Give means over the steps since the last figures were given."""
+    names = dict.fromkeys(name for one in since for name in one)
+    found: dict[str, Any] = {"step": step, "seconds": round(seconds, 2), "gradient": round(float(norm), 4)}
+    for name in names:
+        values = [one[name] for one in since if name in one]
+        found[name] = float(accelerator.reduce(torch.stack(values).mean(), "mean"))
+    return found
 
 
 @contextmanager
@@ -310,15 +378,15 @@ def _mark(recipe: Recipe) -> str:
     return json.dumps(told, sort_keys=True)
 
 
-def _save(folder: Path, recipe: Recipe, model: nn.Module, optimizer: Any, step: int) -> None:
+def _save(folder: Path, recipe: Recipe, masters: Masters, optimizer: Any, step: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    kept = {name: weight.detach().cpu() for name, weight in model.named_parameters() if weight.requires_grad}
+    kept = {name: weight.cpu() for name, weight in masters.by_name.items()}
     scratch = folder / "resume.part"
     torch.save({"step": step, "weights": kept, "optimizer": optimizer.state_dict(), "recipe": _mark(recipe)}, scratch)
     scratch.replace(folder / "resume.pt")
 
 
-def _resume(folder: Path, recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def _resume(folder: Path, recipe: Recipe, masters: Masters, optimizer: torch.optim.Optimizer) -> int:
     """Bring back what a run had reached; give its step, 0 for none."""
     path = folder / "resume.pt"
     if not path.exists():
@@ -330,10 +398,9 @@ def _resume(folder: Path, recipe: Recipe, model: nn.Module, optimizer: torch.opt
         raise CorruptError(f"{path} cannot be read ({error}); remove it to train from the start") from error
     if mark != _mark(recipe):
         raise L2MError(f"{folder} holds a run of another recipe; name another folder, or remove {path}")
-    own = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, weight in weights.items():
-            own[name].copy_(weight)
+    for name, weight in weights.items():
+        masters.by_name[name].copy_(weight)
+    masters.give_weights()
     optimizer.load_state_dict(state)
     _cut(folder / "metrics.jsonl", step)
     return int(step)
@@ -377,7 +444,7 @@ def plot(folder: Path) -> Path:
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for name in names:
         steps = [line["step"] for line in found if name in line]
-        axis = axes[1] if name in ("right", "retrieved") else axes[0]
+        axis = axes[1] if name.split()[0] in ("right", "retrieved", "abstained") else axes[0]
         axis.plot(steps, [line[name] for line in found if name in line], label=name)
     for axis, title in zip(axes, ("losses", "shares"), strict=True):
         axis.set_xlabel("step")

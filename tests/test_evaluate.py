@@ -19,6 +19,7 @@ from l2m_rag.collection import Collection
 from l2m_rag.config import Settings
 from l2m_rag.errors import UsageError
 from l2m_rag.memory_tiers.records import Chunk, Passage
+from l2m_rag.spans import Quoted, Span
 from l2m_rag.tasks import Task, TaskSet
 
 
@@ -175,4 +176,6 @@ def test_a_set_becomes_files_and_a_collection_and_is_made_once(embedder: Path, t
 def test_the_shipped_weights_were_fitted_and_point_the_right_way() -> None:
     kept = json.loads((Path(qa.__file__).parent / "data" / "answerability.json").read_text())
     assert kept["fitted"] != "not yet"
-    assert set(kept["weights"]) - {"bias"} == set(qa.evidence_features([passage("a")], [], [-1.0]))
+    assert set(kept["weights"]) - {"bias"} == set(
+        qa.evidence_features([passage("a")], [], Quoted([Span(0, 0, 1, -1.0, 1)], None, 1))
+    )

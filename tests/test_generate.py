@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from l2m_rag.errors import ModelError
-from l2m_rag.generate import LENGTH_POWER, Decoder
+from l2m_rag.generate import Decoder
+from l2m_rag.spans import LENGTH_POWER
 
 WORDS = "Zürich naïve 1,450.50 euros E1 (404) “quoted” co-operate 東京 δίκη 👩‍👩‍👧 don't $5 50% café x_y"
 
@@ -89,7 +90,7 @@ def test_a_score_is_the_log_probability_of_the_words_and_of_stopping(decoder: De
         with torch.inference_mode():
             logits = decoder._model(torch.tensor([[*prompt, *answer]])).logits[0].float().log_softmax(-1)
         total = sum(logits[len(prompt) - 1 + i, token].item() for i, token in enumerate(answer))
-        stop = torch.logsumexp(logits[-1][decoder._stops], 0).item()  # no digits here
+        stop = torch.logsumexp(logits[-1][decoder._finder._stops], 0).item()  # no digits here
         assert span.tokens == len(answer)
         score = (total + stop) / (span.tokens + 1) ** LENGTH_POWER
         assert span.score == pytest.approx(score, abs=0.15)  # bf16 where the processor has it
@@ -109,7 +110,7 @@ def test_wide_beams_find_what_exhaustive_search_finds(decoder: Decoder) -> None:
                 with torch.inference_mode():
                     logits = decoder._model(torch.tensor([[*prompt, *ids]])).logits[0].float().log_softmax(-1)
                 total = sum(logits[len(prompt) - 1 + i, token].item() for i, token in enumerate(ids))
-                stop = torch.logsumexp(logits[-1][decoder._stops], 0).item()
+                stop = torch.logsumexp(logits[-1][decoder._finder._stops], 0).item()
                 scores.append((total + stop) / (len(ids) + 1) ** LENGTH_POWER)
     assert best.score == pytest.approx(max(scores), abs=0.15)
 

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from l2m_rag import qa
+from l2m_rag import answerability, qa
 from l2m_rag.config import LONGEST_QUESTION
 from l2m_rag.errors import UsageError
-from l2m_rag.generate import Span
 from l2m_rag.indexers.chunking import split
 from l2m_rag.memory_tiers.records import Chunk, Parsed, Passage
+from l2m_rag.spans import Quoted, Span
 
 
 class Words:
@@ -22,8 +22,9 @@ class Words:
 
     name = "words"
 
-    def __init__(self, reply: str = "", spans: list[Span] | None = None) -> None:
+    def __init__(self, reply: str = "", spans: list[Span] | None = None, *, whole: bool = False) -> None:
         self.text = reply
+        self.reads_whole = whole
         self.found = spans
         self.prompts: list[str] = []
 
@@ -37,18 +38,22 @@ class Words:
         self.prompts.append(user)
         yield from (word + " " for word in self.text.split())
 
-    def prompt(self, system: str, user: str, opening: str = "") -> list[int]:
-        self.prompts.append(user)
-        return [0] * self.count(user)
+    @property
+    def whole(self) -> bool:
+        return self.reads_whole
 
-    def spans(
-        self, prompt: Sequence[int], passages: Sequence[str], *, lead: str = "", beams: int = 4, best: int = 3
-    ) -> list[Span]:
-        if self.found is not None:
-            return self.found
-        number = max(range(len(passages)), key=lambda n: len(passages[n]))
-        text = passages[number]
-        return [Span(number, 0, len(text), -1.0, 3), Span(number, 0, max(1, len(text) // 2), -2.0, 2)]
+    @property
+    def answerability(self) -> dict[str, float]:
+        return answerability.untrained()
+
+    def quote(self, question: str, passages: Sequence[str]) -> Quoted:
+        self.prompts.append("\n\n".join(passages) + f"\n\nQuestion: {question}")
+        found = self.found
+        if found is None:
+            number = max(range(len(passages)), key=lambda n: len(passages[n]))
+            text = passages[number]
+            found = [Span(number, 0, len(text), -1.0, 3), Span(number, 0, max(1, len(text) // 2), -2.0, 2)]
+        return Quoted(found, None, self.count(self.prompts[-1]))
 
 
 class Writer:
@@ -215,7 +220,7 @@ def test_json_has_the_fields_of_the_contract() -> None:
 def test_more_support_never_makes_an_answer_less_likely() -> None:
     def probability(cosine: float, span: float) -> float:
         features = {"passage": cosine, "sentence": cosine, "covered": 0.5, "span": span, "margin": 0.5}
-        return qa.answerable_probability(features)
+        return answerability.probability(answerability.untrained(), features)
 
     assert probability(0.8, -2.0) >= probability(0.3, -2.0)
     assert probability(0.6, -1.0) >= probability(0.6, -8.0)

@@ -12,15 +12,18 @@ from typing import Any
 
 import pytest
 import torch
+from memory_models import tiny_folder
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from l2m_rag.checkpoint import load_model
 from l2m_rag.episodes import Batches, TaskRecipe
-from l2m_rag.errors import ConfigError, CorruptError, L2MError
+from l2m_rag.errors import ConfigError, CorruptError, IncompatibleError, L2MError
 from l2m_rag.losses import LossWeights
 from l2m_rag.memory_eval import recall
 from l2m_rag.model_config import L2MConfig
-from l2m_rag.train import BackboneRecipe, Recipe, TrainRecipe, build, load_recipe, metrics, train
+from l2m_rag.reading_data import Material, Question
+from l2m_rag.train import BackboneRecipe, Masters, Recipe, TrainRecipe, build, load_recipe, metrics, train
 
 ROOT = Path(__file__).parent.parent
 SIZES: dict[str, Any] = {
@@ -207,3 +210,84 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
     with pytest.raises(L2MError, match=r"lower train\.lr"):
         train(small(steps=30, lr=1e9, clip=1e9, warmup=1), tmp_path)
+
+
+def _reading(tmp_path: Path, **changes: Any) -> Recipe:
+    folder = tmp_path / "backbone"
+    if not folder.exists():
+        folder.mkdir()
+        tiny_folder(folder, ["the cat sat on the mat", "a dog ran"])
+    plan: dict[str, Any] = {
+        "steps": 6, "batch": 2, "what": "lora", "lora_rank": 4, "segments": (1,), "log_every": 1, "warmup": 1,
+        "bf16": True, "lr": 1e-2,
+    }  # fmt: skip
+    return Recipe(
+        backbone=BackboneRecipe(source=str(folder)),
+        model=L2MConfig(**{**SIZES, "depth": 2, "slot_layers": (2,)}),
+        task=TaskRecipe(kind="reading", data="nowhere", row=400, ratios=(1, 4), rebuild=0.3, cached=10_000_000),
+        train=TrainRecipe(**{**plan, **changes}),
+    )
+
+
+def _material(folder: Path) -> None:
+    passages = [
+        f"the {animal} sat on the {place} " * 10 for animal in ("cat", "dog", "hen") for place in ("mat", "log")
+    ]
+    questions = [Question(number, "who sat?", passage.split()[1]) for number, passage in enumerate(passages)]
+    folder.mkdir()
+    near = [[other for other in range(6) if other != number] for number in range(6)]
+    Material(passages, ["squad"] * 6, questions, near, [[] for _ in range(6)]).save(folder / "material.json")
+
+
+def test_reading_trains_adapters_alone_is_resumed_and_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    recipe = _reading(tmp_path)
+    _material(tmp_path / "whole")
+    whole = train(recipe, tmp_path / "whole")
+    _material(tmp_path / "cut")
+
+    def stop(figures: dict[str, Any]) -> None:
+        if figures["step"] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert not train(recipe, tmp_path / "cut", told=stop)["done"]
+    assert_close(train(recipe, tmp_path / "cut")["total"], whole["total"])
+    made = tmp_path / "whole" / "model"
+    assert all("lora_" in name for name in load_file(made / "weights-00.safetensors"))
+    assert_close(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+    told = metrics(tmp_path / "whole")
+    assert {name for line in told for name in line} >= {"answer", "right", "reconstruction 4:1"}
+
+    on = replace(recipe, train=replace(recipe.train, start=str(made), steps=1, lr=1e-9))
+    _material(tmp_path / "on")
+    train(on, tmp_path / "on")
+    assert_close(weights(tmp_path / "on"), weights(tmp_path / "whole"))
+    with pytest.raises(IncompatibleError, match="lora"):
+        build(replace(on, train=replace(on.train, lora_rank=8)))
+
+
+def test_small_steps_are_not_lost_to_bfloat16() -> None:
+    model = torch.nn.Linear(4, 4, bias=False).to(torch.bfloat16)
+    torch.nn.init.ones_(model.weight)
+    masters = Masters(model)
+    optimizer = torch.optim.SGD(masters.weights, lr=1e-3)
+    for _ in range(10):
+        model(torch.ones(1, 4, dtype=torch.bfloat16)).sum().backward()
+        masters.take_gradients()
+        optimizer.step()
+        masters.give_weights()
+    assert_close(masters.weights[0], torch.full((4, 4), 0.99))
+    assert bool((model.weight < 1).all())  # each step alone would have been rounded away
+    assert model.weight.grad is None
+
+
+def test_reading_needs_a_folder_and_a_share_for_each_source() -> None:
+    with pytest.raises(ConfigError, match=r"task\.data"):
+        TaskRecipe(kind="reading")
+    with pytest.raises(ConfigError, match=r"task\.shares"):
+        TaskRecipe(kind="reading", data="x", sources=("squad", "qed"), shares=(1.0,))
+
+
+@pytest.mark.parametrize("name", ["reader", "reader-pooled", "reader-gpu", "needle", "tiny"])
+def test_the_recipes_that_ship_can_be_read(name: str) -> None:
+    recipe = load_recipe(ROOT / "recipes" / f"{name}.toml")
+    assert not recipe.task.shares or len(recipe.task.shares) == len(recipe.task.sources)

@@ -1,0 +1,420 @@
+"""What the reader learns from: passages with questions whose answers stand in them, and near ones where they do not.
+
+`gather` reads the question sets that may be trained on, leaves out whatever an evaluation set also holds, makes cloze
+questions, and lets the embedder say which passages are near each other and which questions a passage only seems to
+answer. `rows_of` then lays one epoch out: a row is a few near passages with all the questions that are asked of them.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from l2m_rag.errors import CorruptError, UsageError
+from l2m_rag.indexers.chunking import Tokenizer, split
+from l2m_rag.memory_tiers.records import Parsed
+from l2m_rag.tasks import part_of, rows
+
+EVALUATION = (
+    "squad_subset/xquad_en", "squad_subset/squad2_small", "nq_oracle/dev", "clapnq/dev", "policyqa/dev",
+    "hotpotqa/distractor_500", "fairytaleqa/dev", "tweetqa/dev", "ropes/dev", "lambada/test_openai",
+)  # fmt: skip
+"""Files of the data folder that nothing may be learnt from."""
+
+SOURCES = (
+    "squad", "qed", "qamr", "tweetqa", "fairytaleqa", "ropes", "narrativeqa", "timeqa", "covidqa", "cloze",
+)  # fmt: skip
+_FILES = {
+    "squad": "squad/squad11_train_subset",
+    "qed": "qed/dev",
+    "qamr": "qamr/dev",
+    "tweetqa": "tweetqa/train",
+    "fairytaleqa": "fairytaleqa/train",
+    "ropes": "ropes/train",
+    "narrativeqa": "narrativeqa_sub/summaries_subset",
+}
+_DOCUMENTS = {"timeqa": ("timeqa/docs", "timeqa/qa_train"), "covidqa": ("covidqa/docs", "covidqa/qa")}
+_WIKI = ("wiki_passages/2wiki_corpus", "wiki_passages/hotpot_corpus")
+_GRAM = 13  # words that two texts must share to count as the same, the usual measure of contamination
+_LONGEST_ANSWER = 100  # characters
+_NEAR = 8
+_NAME = re.compile(r"\b(?:[A-Z][\w'’.-]*\w(?: (?:of|the|de|and) (?=[A-Z])| (?=[A-Z]))?){1,5}|\b\d[\d,.]*\d\b")  # noqa: RUF001
+
+
+class Encoder(Protocol):
+    """What an embedder is needed for."""
+
+    def encode(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        """Give a unit vector of each text."""
+        ...
+
+
+class Question(NamedTuple):
+    """A question and its answer, which stands in the passage as it is written."""
+
+    passage: int
+    text: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """Everything the rows of an epoch are made of.
+
+    Args:
+        passages: texts.
+        sources: of each passage, one of `SOURCES`.
+        questions: all of them.
+        near: for each passage others that the embedder finds most like it, nearest first.
+        lures: for each passage, numbers of questions of other passages that it is near to.
+    """
+
+    passages: list[str]
+    sources: list[str]
+    questions: list[Question]
+    near: list[list[int]]
+    lures: list[list[int]]
+    asked: list[list[int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        asked: list[list[int]] = [[] for _ in self.passages]
+        for number, question in enumerate(self.questions):
+            asked[question.passage].append(number)
+        object.__setattr__(self, "asked", asked)
+
+    def save(self, path: Path) -> None:
+        """Write everything as JSON."""
+        told = {name: value for name, value in asdict(self).items() if name != "asked"}
+        scratch = path.with_suffix(".part")
+        scratch.write_text(json.dumps(told), encoding="utf-8")
+        scratch.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Material:
+        """Read what `save` wrote.
+
+        Raises:
+            CorruptError: it cannot be read.
+        """
+        try:
+            told = json.loads(path.read_text(encoding="utf-8"))
+            questions = [Question(*one) for one in told.pop("questions")]
+            return cls(questions=questions, **told)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise CorruptError(f"{path} cannot be read ({error}); remove it, and it is made again") from error
+
+
+class Row(NamedTuple):
+    """Passages in the order in which they are read, and (question, whether it has an answer here) for each question."""
+
+    passages: list[int]
+    questions: list[tuple[int, bool]]
+
+
+# -- what may be learnt from -------------------------------------------------------------------------------------------
+class Seen:
+    """Texts that stand in evaluation sets.
+
+    Args:
+        texts: passages; a text that shares `_GRAM` words in a row with one of them is held.
+        questions: a question that reads the same is held.
+    """
+
+    def __init__(self, texts: Iterable[str], questions: Iterable[str]) -> None:
+        self._grams = {gram for text in texts for gram in _grams(text)}
+        self._questions = {_bare(question) for question in questions}
+
+    def holds(self, text: str, question: str = "") -> bool:
+        """Say whether a passage or a question is one of them."""
+        return (bool(question) and _bare(question) in self._questions) or any(
+            gram in self._grams for gram in _grams(text)
+        )
+
+    @classmethod
+    def of(cls, data: Path) -> Seen:
+        """Read the evaluation sets of a data folder; those that are not there hold nothing."""
+        texts: dict[str, None] = {}
+        questions: dict[str, None] = {}
+        for name in EVALUATION:
+            path = data / f"{name}.jsonl.zst"
+            for row in rows(path) if path.exists() else ():
+                texts |= dict.fromkeys(_texts(row))
+                if isinstance(row.get("question"), str):
+                    questions[row["question"]] = None
+        return cls(texts, questions)
+
+
+def _texts(row: dict[str, Any]) -> list[str]:
+    found = [row[name] for name in ("context", "text") if isinstance(row.get(name), str)]
+    many = row.get("contexts", row.get("context"))
+    if isinstance(many, list):
+        for one in many:
+            found += [" ".join(map(str, part)) if isinstance(part, list) else str(part) for part in _parts(one)]
+    return found
+
+
+def _parts(one: Any) -> list[Any]:
+    if isinstance(one, dict):
+        return [one.get("text") or one.get("sentences") or ""]
+    return [part for part in one if not isinstance(part, str) or len(part) > 80] if isinstance(one, list) else [one]
+
+
+def _bare(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def _grams(text: str) -> Iterator[int]:
+    words = _bare(text).split()
+    for at in range(max(1, len(words) - _GRAM + 1)) if len(words) >= _GRAM // 2 else ():
+        yield hash(tuple(words[at : at + _GRAM]))
+
+
+# -- reading the sets --------------------------------------------------------------------------------------------------
+def gather(
+    data: Path,
+    sources: Sequence[str],
+    embedder: Encoder,
+    tokenizer: Tokenizer,
+    *,
+    clozes: int = 3000,
+    seed: int = 0,
+    told: Callable[[str], object] = lambda text: None,
+) -> Material:
+    """Read question sets and make cloze questions; see the module.
+
+    Args:
+        data: folder of the data sets.
+        sources: which of `SOURCES`.
+        embedder: says what is near.
+        tokenizer: long documents are cut into chunks by.
+        clozes: passages that cloze questions are made of.
+        seed: of what is drawn.
+        told: called with what is being done.
+
+    Raises:
+        UsageError: a source is not known, or nothing of it was found.
+    """
+    unknown = sorted(set(sources) - set(SOURCES))
+    if unknown:
+        raise UsageError(f"no training source named {', '.join(unknown)}; known: {', '.join(SOURCES)}")
+    told("reading the evaluation sets, to leave them out")
+    seen = Seen.of(data)
+    passages: dict[str, int] = {}
+    found: list[str] = []
+    questions: list[Question] = []
+    for source in sources:
+        told(f"reading {source}")
+        before = len(questions)
+        if source in _FILES:
+            triples = _plain(data / f"{_FILES[source]}.jsonl.zst")
+        elif source in _DOCUMENTS:
+            triples = _chunked(source, data, tokenizer)
+        else:
+            triples = _clozes(data, clozes, random.Random(seed))
+        clean: dict[str, bool] = {}
+        for passage, question, answer in triples:
+            if passage not in clean:
+                clean[passage] = not seen.holds(passage)
+            if clean[passage] and not seen.holds("", question):
+                if passage not in passages:
+                    passages[passage] = len(found)
+                    found.append(source)
+                questions.append(Question(passages[passage], question, answer))
+        if len(questions) == before:
+            raise UsageError(f"nothing of {source} was found in {data}")
+    texts = list(passages)
+    told(f"comparing {len(texts)} passages and {len(questions)} questions")
+    near, lures = _near(texts, questions, embedder)
+    return Material(texts, found, questions, near, lures)
+
+
+Triple = tuple[str, str, str]
+
+
+def _plain(path: Path) -> Iterator[Triple]:
+    """Give (passage, question, answer) of the answers that stand in their passage."""
+    for row in rows(path):
+        answers = [answer for answer in row["answers"] if answer in row["context"] and len(answer) <= _LONGEST_ANSWER]
+        if row.get("answer_start") is not None and answers:
+            yield row["context"], row["question"].strip(), min(answers, key=len) if "n_answers" in row else answers[0]
+
+
+def _chunked(source: str, data: Path, tokenizer: Tokenizer) -> Iterator[Triple]:
+    """Give the chunk of a long document that holds an answer."""
+    documents, asked = _DOCUMENTS[source]
+    texts = {
+        str(row["doc_id"]): str(row.get("text") or row["context"]) for row in rows(data / f"{documents}.jsonl.zst")
+    }
+    chunks: dict[str, list[tuple[int, str]]] = {}
+    for row in rows(data / f"{asked}.jsonl.zst"):
+        document = str(row["doc_id"])
+        if source == "timeqa" and part_of(document) != "train":
+            continue
+        for answer in row["answers"][:1]:
+            text, start = (
+                (answer["text"], answer["start"]) if isinstance(answer, dict) else (answer, row["answer_start"])
+            )
+            if start is None or len(text) > _LONGEST_ANSWER:
+                continue
+            if document not in chunks:
+                whole = Parsed(texts[document], "text/plain")
+                chunks[document] = [(chunk.start, chunk.text) for chunk in split(whole, document, tokenizer, overlap=0)]
+            for first, chunk in chunks[document]:
+                if first <= start and start + len(text.strip()) <= first + len(chunk) and text.strip() in chunk:
+                    yield chunk, row["question"].strip(), text.strip()
+                    break
+
+
+def _clozes(data: Path, most: int, draw: random.Random) -> Iterator[Triple]:
+    """Give sentences with a name or number left out, asked of the passage: with the sentence in it, or taken out.
+
+    It is taken out (an inverse cloze) where the name stands elsewhere in the passage too, so that the rest must tell.
+    """
+    texts = [row["text"] for name in _WIKI for row in rows(data / f"{name}.jsonl.zst") if len(row["text"]) > 200]
+    draw.shuffle(texts)
+    for text in texts[:most]:
+        sentences = [one for one in re.split(r"(?<=[.!?]) +", text) if 40 < len(one) < 240]
+        draw.shuffle(sentences)
+        for sentence in sentences[:3]:
+            names = [match for match in _NAME.finditer(sentence) if match.start() and len(match[0]) > 2]
+            if not names:
+                continue
+            name = draw.choice(names)
+            asked = f"Fill in the blank: {sentence[: name.start()]}____{sentence[name.end() :]}"
+            rest = " ".join(text.replace(sentence, " ").split())
+            yield (rest if name[0] in rest and len(rest) > 120 else text), asked, name[0]
+
+
+def _near(texts: list[str], questions: list[Question], embedder: Encoder) -> tuple[list[list[int]], list[list[int]]]:
+    vectors = np.asarray(embedder.encode(texts), np.float32)
+    asked = np.asarray(embedder.encode([question.text for question in questions]), np.float32)
+    near: list[list[int]] = []
+    lures: list[list[int]] = []
+    owner = np.array([question.passage for question in questions])
+    for first in range(0, len(texts), 512):
+        block = vectors[first : first + 512]
+        alike = block @ vectors.T
+        alike[np.arange(len(block)), np.arange(first, first + len(block))] = -1
+        near += _best(alike, _NEAR)
+        meant = block @ asked.T
+        for at, candidates in enumerate(_best(meant, 4 * _NEAR)):
+            own = [number for number in candidates if owner[number] != first + at]
+            lures.append([number for number in own if _bare(questions[number].answer) not in _bare(texts[first + at])])
+    return near, lures
+
+
+def _best(scores: npt.NDArray[np.float32], count: int) -> list[list[int]]:
+    count = min(count, scores.shape[1])
+    places = np.argpartition(-scores, count - 1, axis=1)[:, :count]
+    order = np.argsort(-np.take_along_axis(scores, places, 1), axis=1)
+    found: list[list[int]] = np.take_along_axis(places, order, 1).tolist()
+    return found
+
+
+# -- one epoch ---------------------------------------------------------------------------------------------------------
+def rows_of(
+    material: Material,
+    draw: random.Random,
+    *,
+    sizes: Sequence[int],
+    costs: Sequence[int],
+    longest: int,
+    shares: dict[str, float] | None = None,
+    per_passage: int = 6,
+    unanswerable: float = 0.25,
+    most_passages: int = 4,
+) -> list[Row]:
+    """Lay out an epoch: every passage once (or a share of each source), alone or among near ones, with its questions.
+
+    Args:
+        material: of all rows.
+        draw: chance.
+        sizes: tokens of each passage.
+        costs: tokens of each question with its answer.
+        longest: most tokens of a row.
+        shares: share of the passages of each source that are taken; all of a source that is not named.
+        per_passage: most questions of a passage.
+        unanswerable: about how many questions for each that has an answer are asked of passages that hold none.
+        most_passages: of a row.
+    """
+    order = list(range(len(material.passages)))
+    draw.shuffle(order)
+    part = shares or {}
+    used = {passage for passage in order if draw.random() >= part.get(material.sources[passage], 1.0)}
+    made: list[Row] = []
+    for first in order:
+        if first in used or sizes[first] > longest // 2:
+            continue
+        wanted = draw.choices(range(1, most_passages + 1), [2.0**-at for at in range(most_passages)])[0]
+        taken, size = [first], sizes[first]
+        fresh = [other for other in material.near[first] if other not in used]
+        for other in fresh + [other for other in material.near[first] if other in used]:
+            if len(taken) < wanted and size + sizes[other] <= longest // 2 + sizes[first] // 2:
+                taken.append(other)
+                size += sizes[other]
+        asked: list[tuple[int, bool]] = []
+        for passage in taken:
+            if passage not in used:
+                own = material.asked[passage]
+                asked += [(number, True) for number in draw.sample(own, min(per_passage, len(own)))]
+        used.update(taken)
+        wrong = unanswerable * len(asked)
+        count = int(wrong) + (draw.random() < wrong % 1)
+        lures = _lures(material, taken)
+        draw.shuffle(lures)
+        asked += [(number, False) for number in lures[:count]]
+        draw.shuffle(asked)
+        kept = []
+        for number, right in asked:
+            if size + costs[number] <= longest:
+                kept.append((number, right))
+                size += costs[number]
+        draw.shuffle(taken)
+        if kept:
+            made.append(Row(taken, kept))
+    return made
+
+
+def _lures(material: Material, taken: Sequence[int]) -> list[int]:
+    """Give questions that the passages seem to answer, but whose answer stands in none of them."""
+    texts = [_bare(material.passages[passage]) for passage in taken]
+    found: dict[int, None] = {}
+    for passage in taken:
+        for number in material.lures[passage][: 2 * _NEAR]:
+            question = material.questions[number]
+            if question.passage not in taken and not any(_bare(question.answer) in text for text in texts):
+                found[number] = None
+    return list(found)
+
+
+def batches_of(
+    made: Sequence[Row], lengths: Callable[[Row], tuple[int, int]], batch: int, longest: int, draw: random.Random
+) -> list[list[Row]]:
+    """Give batches of rows of about the same lengths, in any order.
+
+    Args:
+        made: rows.
+        lengths: tokens of a row's passages, and of its questions.
+        batch: rows of full length in a batch; of shorter ones there are more, a multiple of it.
+        longest: full length.
+        draw: chance.
+    """
+    found: list[list[Row]] = []
+    ordered = sorted(made, key=lambda row: (lengths(row)[0] // 48, lengths(row)[1]), reverse=True)
+    at = 0
+    while at + batch <= len(ordered):
+        many = batch * max(1, longest // max(1, sum(lengths(ordered[at]))))
+        while at + many > len(ordered):
+            many -= batch
+        found.append(ordered[at : at + many])
+        at += many
+    draw.shuffle(found)
+    return found
