@@ -185,7 +185,7 @@ class EpisodeLoss(nn.Module):
         for hop in range(self.hops + 1):
             more, near = left.any(1), (left & ~far).any(1)
             wanted = torch.where(near, WORKING, torch.where(more, LONG_TERM, NONE if hop == 0 else STOP))
-            router.append(_mean(F.cross_entropy(plan.choice.float(), wanted, reduction="none"), going))
+            router.append(masked_mean(F.cross_entropy(plan.choice.float(), wanted, reduction="none"), going))
             looked.append(plan.choice.float().softmax(-1)[:, [WORKING, LONG_TERM]].sum(-1).mean())
             going = going & more
             if hop == self.hops:
@@ -198,8 +198,8 @@ class EpisodeLoss(nn.Module):
             aims = left & there
             scores = scores.masked_fill(~there, -1e9)
             right = torch.logsumexp(scores.masked_fill(~aims, -1e9), 1) - torch.logsumexp(scores, 1)
-            retrieval.append(_mean(-right, going))
-            hits.append(_mean(aims.gather(1, scores.argmax(1, keepdim=True))[:, 0].float(), going))
+            retrieval.append(masked_mean(-right, going))
+            hits.append(masked_mean(aims.gather(1, scores.argmax(1, keepdim=True))[:, 0].float(), going))
             places = self._places(scores, aims, there)
             picked = model.picked(records, places, there.gather(1, places) & going[:, None])
             parts.append(model.stored(picked, far[places]))
@@ -260,7 +260,7 @@ class EpisodeLoss(nn.Module):
         loss = F.cross_entropy(
             logits.flatten(0, 1), target[:, None].expand(recalled.place.shape).flatten(), reduction="none"
         )
-        return _mean(loss, recalled.taken.flatten())
+        return masked_mean(loss, recalled.taken.flatten())
 
 
 def _holds(records: Records, gold: Tensor) -> Tensor:
@@ -284,5 +284,6 @@ def _right(logits: Tensor, targets: Tensor) -> Tensor:
     return fits.all(1).float().mean()
 
 
-def _mean(values: Tensor, counted: Tensor) -> Tensor:
+def masked_mean(values: Tensor, counted: Tensor) -> Tensor:
+    """Give the mean of the values that count, a scalar; 0 when none does."""
     return (values * counted).sum() / counted.sum().clamp(min=1)

@@ -21,7 +21,7 @@ from l2m_rag.checkpoint import load_model, source_of
 from l2m_rag.generate import Decoder
 from l2m_rag.indexers.embedding import computes_bf16
 from l2m_rag.model import L2M
-from l2m_rag.reading import QUESTION
+from l2m_rag.reading import QUESTION, as_picked
 from l2m_rag.spans import Quoted, SpanFinder, seen
 from l2m_rag.state import Picked
 
@@ -168,10 +168,8 @@ class MemoryReader:
         values = values.to(self.device)
         for at, one in enumerate(states):
             values[0, at, : len(one)] = one
-        ones, order = torch.ones_like(lengths), torch.arange(len(states), device=self.device)[None]
-        finest = torch.tensor([list(ratios)], device=self.device)
         tokens = torch.zeros_like(values[..., 0], dtype=torch.int64)
-        return Picked(values, values[:, :, 0, :1], tokens, lengths, order, ones, finest, order, ones < 0)
+        return as_picked(values, tokens, lengths, torch.tensor([list(ratios)], device=self.device))
 
     def _states(self, text: str) -> Tensor:
         """Give the lower states of a passage, (L, D), made when it is read for the first time."""

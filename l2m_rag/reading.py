@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from l2m_rag.errors import ConfigError
-from l2m_rag.losses import IGNORED, Outcome
+from l2m_rag.losses import IGNORED, Outcome, masked_mean
 from l2m_rag.model import L2M
 from l2m_rag.probes import noise_sentences
-from l2m_rag.reading_data import Material, Row, batches_of, rows_of
+from l2m_rag.reading_data import Material, Row, batches_of, gather, rows_of
 from l2m_rag.state import Picked
 
 QUESTION = "\nQuestion: {}\nAnswer:"
@@ -153,11 +153,7 @@ class ReadingBatches:
         most = self.longest // 3  # a passage is there twice, once pooled
         many = self.batch * max(1, self.longest // (2 * min(size, most)))
         chosen = [ids[:most] for ids in near[:many]]
-        asked = [[self._again + ids] for ids in chosen]
-        told = [[[IGNORED] * (len(self._again) - 1) + ids + [self.end]] for ids in chosen]
-        passages, lengths = _stacked([[ids] for ids in chosen], 0, _ROUND)
-        tokens, real = _stacked(asked, 0, 8)
-        return Readings(passages, lengths, tokens, real, _stacked(told, IGNORED, 8)[0])
+        return _laid([[ids] for ids in chosen], [[(self._again, [*ids, self.end])] for ids in chosen])
 
     def pack(self, made: Sequence[Row]) -> Readings:
         """Lay rows out as tensors."""
@@ -165,11 +161,7 @@ class ReadingBatches:
             [(self._questions[n], self._answers[n] if answered else [self.end]) for n, answered in row.questions]
             for row in made
         ]
-        asked = [[question + answer[:-1] for question, answer in row] for row in answers]
-        told = [[[IGNORED] * (len(question) - 1) + answer for question, answer in row] for row in answers]
-        passages, lengths = _stacked([[self._passages[n] for n in row.passages] for row in made], 0, _ROUND)
-        tokens, real = _stacked(asked, 0, 8)
-        return Readings(passages, lengths, tokens, real, _stacked(told, IGNORED, 8)[0])
+        return _laid([[self._passages[n] for n in row.passages] for row in made], answers)
 
 
 class ReadingLoss(nn.Module):
@@ -202,7 +194,7 @@ class ReadingLoss(nn.Module):
         total = each.mean()
         if again:
             return Outcome({"total": total}, {f"reconstruction {ratio}:1": total})
-        figures = {"right": _mean(right, asked & ~empty), "abstained": _mean(right, empty)}
+        figures = {"right": masked_mean(right, asked & ~empty), "abstained": masked_mean(right, empty)}
         if len(self.ratios) > 1:
             figures |= {f"answer {ratio}:1": total, f"right {ratio}:1": figures["right"]}
         return Outcome({"answer": total, "total": total}, figures)
@@ -214,7 +206,13 @@ class ReadingLoss(nn.Module):
         with torch.no_grad():
             values = self._cache.states(model, batch.passages.flatten(0, 1), batch.lengths.flatten())
             x = self._cache.states(model, batch.asked.flatten(0, 1), batch.real.flatten())
-        recalled = model.assemble([_picked(values.unflatten(0, (B, -1)), batch, ratio)])
+        recalled = model.assemble(
+            [
+                as_picked(
+                    values.unflatten(0, (B, -1)), batch.passages, batch.lengths, torch.full_like(batch.lengths, ratio)
+                )
+            ]
+        )
         if recalled is None:
             raise ValueError("a batch without passages")
         before = -recalled.vectors.shape[1] % _ROUND
@@ -280,21 +278,19 @@ def _rounded(tokens: Tensor) -> Tensor:
     return F.pad(tokens, (0, 0, 0, -len(tokens) % step))
 
 
-def _picked(values: Tensor, batch: Readings, ratio: int) -> Picked:
-    B, P, _, _ = values.shape
-    ones = torch.ones_like(batch.lengths)
-    order = torch.arange(P, device=values.device).expand(B, P)
-    return Picked(
-        values,
-        values[:, :, 0, :1],  # keys take no part
-        batch.passages,
-        batch.lengths,
-        order,
-        ones,
-        ratio * ones,
-        order,
-        torch.zeros_like(ones, dtype=torch.bool),
-    )
+def as_picked(values: Tensor, tokens: Tensor, lengths: Tensor, ratio: Tensor) -> Picked:
+    """Give passages as something recalled, in their order.
+
+    Args:
+        values: lower states, (B, P, L, D).
+        tokens: ids, (B, P, L) int64.
+        lengths: tokens of each, (B, P) int64; 0 for none.
+        ratio: at which each is read, (B, P) int64.
+    """
+    grain = torch.ones_like(lengths)
+    order = torch.arange(lengths.shape[1], device=lengths.device).expand_as(lengths)
+    keys = values[:, :, 0, :1]  # take no part
+    return Picked(values, keys, tokens, lengths, order, grain, ratio, order, grain < 0)
 
 
 def load_material(path: Path, data: Path, sources: Sequence[str], clozes: int, seed: int) -> Material:
@@ -303,7 +299,6 @@ def load_material(path: Path, data: Path, sources: Sequence[str], clozes: int, s
         return Material.load(path)
     from l2m_rag.config import load_settings
     from l2m_rag.indexers.embedding import Embedder
-    from l2m_rag.reading_data import gather
     from l2m_rag.weights import DEFAULT_EMBEDDER, find
 
     embedder = Embedder(find(DEFAULT_EMBEDDER, load_settings({})[0]), name=DEFAULT_EMBEDDER)
@@ -332,6 +327,14 @@ def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return found
 
 
+def _laid(passages: list[list[list[int]]], asked: list[list[tuple[list[int], list[int]]]]) -> Readings:
+    """Lay out the passages of each row, and (question, answer) of all that is asked of them."""
+    whole, lengths = _stacked(passages, 0, _ROUND)
+    tokens, real = _stacked([[question + answer[:-1] for question, answer in row] for row in asked], 0, 8)
+    told = [[[IGNORED] * (len(question) - 1) + answer for question, answer in row] for row in asked]
+    return Readings(whole, lengths, tokens, real, _stacked(told, IGNORED, 8)[0])
+
+
 def _stacked(rows: Sequence[Sequence[Sequence[int]]], filler: int, step: int) -> tuple[Tensor, Tensor]:
     """Give lists of lists of ids as a tensor, (rows, items, ids), and the length of each, (rows, items)."""
     most = max(map(len, rows))
@@ -339,7 +342,3 @@ def _stacked(rows: Sequence[Sequence[Sequence[int]]], filler: int, step: int) ->
     whole = [[*row, *[[]] * (most - len(row))] for row in rows]
     tokens = torch.tensor([[[*item, *[filler] * (width - len(item))] for item in row] for row in whole])
     return tokens, torch.tensor([[len(item) for item in row] for row in whole])
-
-
-def _mean(values: Tensor, counted: Tensor) -> Tensor:
-    return (values * counted).sum() / counted.sum().clamp(min=1)

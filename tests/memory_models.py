@@ -55,25 +55,31 @@ def text(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def tiny_folder(folder: Path, texts: Sequence[str]) -> Path:
-    """Write a random language model of 4 layers, in bfloat16 as the default is, and a tokenizer of the texts."""
+def tiny_tokenizer(folder: Path, texts: Sequence[str], vocab_size: int) -> int:
+    """Write a byte-level tokenizer that knows the texts; give the number of its ids, of which 0 ends a text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=330,
+        vocab_size=vocab_size,
         special_tokens=["<|end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([*texts, "Question: Answer:"] * 20, trainer)
+    tokenizer.train_from_iterator([*texts] * 20, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"})
     )
+    return int(tokenizer.get_vocab_size())
+
+
+def tiny_folder(folder: Path, texts: Sequence[str]) -> Path:
+    """Write a random language model of 4 layers, in bfloat16 as the default is, and a tokenizer of the texts."""
+    ids = tiny_tokenizer(folder, [*texts, "Question: Answer:"], 330)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(),
+        vocab_size=ids,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=4,
