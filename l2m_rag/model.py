@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from l2m_rag.backbone import Backbone, fingerprint, load_backbone
 from l2m_rag.errors import IncompatibleError, L2MError, ModelError, UsageError
 from l2m_rag.memory_tiers import working
-from l2m_rag.memory_tiers.compressor import middles, pool, quantise, restore
+from l2m_rag.memory_tiers.compressor import Pooler, middles, quantise, restore
 from l2m_rag.memory_tiers.eviction import retention
 from l2m_rag.memory_tiers.router import LONG_TERM, NONE, STOP, WORKING, Plan, Router
 from l2m_rag.memory_tiers.states import StateFormat, StateRows, StateTier
@@ -82,7 +82,8 @@ class L2M(nn.Module):
         self.slots = Slots(dim, config.slots, config.slot_heads, config.slots_written, delta=config.delta)
         layers = config.slot_layers if config.slots else ()
         self.slot_layers = nn.ModuleDict({str(layer): SlotLayer(dim, config.slot_heads) for layer in layers})
-        for part in (self.router, self.slots, self.slot_layers):
+        self.pooler = Pooler(config.ratios, dim, learned=config.pooling == "learned")
+        for part in (self.router, self.slots, self.slot_layers, self.pooler):
             part.to(device=backbone.device, dtype=backbone.dtype)
         self.places = config.records
         if config.working_bytes:
@@ -239,7 +240,7 @@ class L2M(nn.Module):
 
         Pooled at `stored_ratio` and without gradient, as nothing flows back through a disk.
         """
-        pooled, _ = pool(picked.values.detach(), picked.lengths, self.config.stored_ratio)
+        pooled = self.pooler(picked.values, picked.lengths, self.config.stored_ratio)[0].detach()
         pooled = nn.functional.pad(pooled, (0, 0, 0, picked.values.shape[2] - pooled.shape[2]))
         return picked._replace(
             values=torch.where(far[..., None, None], pooled, picked.values),
@@ -347,7 +348,9 @@ class L2M(nn.Module):
             held = (picked.lengths + grain - 1) // grain
             for ratio in [ratio for ratio in self.config.ratios if ratio >= grain]:
                 here = (picked.grain == grain) & (picked.ratio == ratio) & picked.taken
-                pooled, count = pool(picked.values, held, ratio // grain)
+                if not bool(here.any()):
+                    continue
+                pooled, count = self.pooler(picked.values, held, ratio, grain=grain)
                 pooled = nn.functional.pad(pooled, (0, 0, 0, L - pooled.shape[2]))
                 vectors = torch.where(here[..., None, None], pooled, vectors)
                 counts = torch.where(here, count, counts)
@@ -483,7 +486,7 @@ class L2M(nn.Module):
                 evicted.values, evicted.lengths, evicted.keys, evicted.tokens, evicted.starts, evicted.written,
             )
         )  # fmt: skip
-        codes, scales = quantise(pool(values, lengths, self.config.stored_ratio)[0])
+        codes, scales = quantise(self.pooler(values, lengths, self.config.stored_ratio)[0].detach())
         counts = lengths.tolist()
         ids = [tuple(row[:count]) for row, count in zip(tokens.tolist(), counts, strict=True)]
         tier.add(
@@ -510,7 +513,7 @@ class L2M(nn.Module):
             dtype="int8",
             backbone=fingerprint(self.backbone),
             depth=config.depth,
-            key_version=f"{_KEY_VERSION}:{_weights_hash(self.router.key)}",
+            key_version=f"{_KEY_VERSION}:{_weights_hash(self.router.key.weight, *self.pooler.weights)}",
         )
 
     # -- whole texts ---------------------------------------------------------------------------------------------------
@@ -636,7 +639,10 @@ def _cost(picked: Picked) -> Tensor:
     return (counts * (picked.ratio > 0)).sum(1)
 
 
-def _weights_hash(layer: nn.Linear) -> str:
+def _weights_hash(*weights: Tensor) -> str:
     import hashlib
 
-    return hashlib.sha256(layer.weight.detach().float().cpu().numpy().tobytes()).hexdigest()[:12]
+    digest = hashlib.sha256()
+    for weight in weights:
+        digest.update(weight.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]

@@ -31,6 +31,7 @@ class L2MConfig:
         budget: most positions that recalled records take in the upper layers.
         ratios: how finely a record can be read, finest first.
         stored_ratio: at which of them it goes to the long-term tier.
+        pooling: a pooled vector is the "mean" of the states that it stands for, or that and what was "learned".
         positions: a pooled vector sits in the "middle" of its span, or takes one position ("packed").
         eviction: policy of the working memory.
     """
@@ -52,6 +53,7 @@ class L2MConfig:
     budget: int = 1024
     ratios: tuple[int, ...] = (1, 4, 16)
     stored_ratio: int = 4
+    pooling: Literal["mean", "learned"] = "mean"
     positions: Literal["middle", "packed"] = "middle"
     eviction: Policy = "learned"
 
@@ -71,5 +73,7 @@ class L2MConfig:
             raise ConfigError(f"stored_ratio ({self.stored_ratio}) must be one of the ratios ({list(self.ratios)})")
         if self.eviction not in POLICIES or self.eviction == "belady":  # which would have to know the future
             raise ConfigError(f"eviction ({self.eviction}) must be one of {', '.join(POLICIES[:-1])}")
+        if self.pooling not in ("mean", "learned"):
+            raise ConfigError(f"pooling ({self.pooling}) must be mean or learned")
         if self.positions not in ("middle", "packed"):
             raise ConfigError(f"positions ({self.positions}) must be middle or packed")

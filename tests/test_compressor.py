@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from l2m_rag.memory_tiers.compressor import middles, pool, quantise, restore
+from l2m_rag.memory_tiers.compressor import Pooler, middles, pool, quantise, restore
 
 
 @settings(max_examples=50, deadline=None)
@@ -38,3 +38,38 @@ def test_zeros_stay_zeros_and_other_types_are_only_cast() -> None:
     assert restore(codes, scales, torch.float32).abs().sum() == 0
     half = torch.randn(2, 3).half()
     assert torch.equal(restore(half, torch.ones(2), torch.float32), half.float())
+
+
+@settings(max_examples=30, deadline=None)
+@given(lengths=st.lists(st.integers(0, 18), min_size=1, max_size=3), seed=st.integers(0, 9))
+def test_a_learned_pooler_tells_order_and_pools_what_is_stored_as_it_pools_what_is_not(
+    lengths: list[int], seed: int
+) -> None:
+    torch.manual_seed(seed)
+    values, held = torch.randn(len(lengths), 18, 6), torch.tensor(lengths)
+    pooler = Pooler((1, 3, 6), 6, learned=True)
+    for weight in pooler.weights:
+        torch.nn.init.normal_(weight)
+    with torch.no_grad():
+        fine, count = pooler(values, held, 3)
+        coarse, few = pooler(values, held, 6)
+        again, same = pooler(fine, count, 6, grain=3)
+        assert_close(again, coarse)
+        assert torch.equal(same, few)
+        assert torch.equal(count, pool(values, held, 3)[1])
+        for row, length in enumerate(lengths):
+            assert bool((fine[row, int(count[row]) :] == 0).all())
+            changed = values.clone()
+            changed[row, length:] = 7.0  # what is behind a record's end
+            assert_close(pooler(changed, held, 6)[0], coarse)
+        turned = values[:, [1, 0, *range(2, 18)]]
+        told = [row for row, length in enumerate(lengths) if length > 1]
+        assert not told or not torch.allclose(pooler(turned, held, 3)[0][told, 0], fine[told, 0])
+
+
+def test_an_untrained_pooler_is_the_mean() -> None:
+    values, held = torch.randn(2, 8, 4), torch.tensor([8, 8])
+    for learned in (False, True):
+        found, counts = Pooler((1, 4, 8), 4, learned=learned)(values, held, 8)
+        assert_close(found, values.mean(1, keepdim=True))
+        assert counts.tolist() == [1, 1]
