@@ -30,7 +30,8 @@ EVALUATION = (
 """Files of the data folder that nothing may be learnt from."""
 
 SOURCES = (
-    "squad", "qed", "qamr", "tweetqa", "fairytaleqa", "ropes", "narrativeqa", "timeqa", "covidqa", "cloze",
+    "squad", "qed", "qamr", "tweetqa", "fairytaleqa", "ropes", "narrativeqa", "timeqa", "covidqa", "cloze", "stories",
+    "dialogue",
 )  # fmt: skip
 _FILES = {
     "squad": "squad/squad11_train_subset",
@@ -195,7 +196,7 @@ def gather(
         sources: which of `SOURCES`.
         embedder: says what is near.
         tokenizer: long documents are cut into chunks by.
-        clozes: passages that cloze questions are made of.
+        clozes: passages that cloze questions are made of, and stories and conversations that are drawn.
         seed: of what is drawn.
         told: called with what is being done.
 
@@ -217,6 +218,10 @@ def gather(
             triples = _plain(data / f"{_FILES[source]}.jsonl.zst")
         elif source in _DOCUMENTS:
             triples = _chunked(source, data, tokenizer)
+        elif source == "stories":
+            triples = _stories(_drawn(data / "babi/train.jsonl.zst", clozes, seed))
+        elif source == "dialogue":
+            triples = _dialogues(_drawn(data / "sgd/train.jsonl.zst", clozes, seed))
         else:
             triples = _clozes(data, clozes, random.Random(seed))
         clean: dict[str, bool] = {}
@@ -271,6 +276,29 @@ def _chunked(source: str, data: Path, tokenizer: Tokenizer) -> Iterator[Triple]:
                 if first <= start and start + len(text.strip()) <= first + len(chunk) and text.strip() in chunk:
                     yield chunk, row["question"].strip(), text.strip()
                     break
+
+
+def _drawn(path: Path, most: int, seed: int) -> list[dict[str, Any]]:
+    found = list(rows(path))
+    return random.Random(seed).sample(found, min(most, len(found)))
+
+
+def _stories(told: Iterable[dict[str, Any]]) -> Iterator[Triple]:
+    """Give stories of bAbI whose answer is one of their words: who, what or where, after all that has happened."""
+    for row in told:
+        story = " ".join(row["story"])
+        if re.search(rf"\b{re.escape(row['answer'])}\b", story):
+            yield story, row["question"], row["answer"]
+
+
+def _dialogues(held: Iterable[dict[str, Any]]) -> Iterator[Triple]:
+    """Give conversations, and what was settled in them in the end."""
+    for row in held:
+        told = "\n".join(f"{speaker.capitalize()}: {text}" for speaker, text in row["turns"])
+        for slots in row["final_slots"].values():
+            for name, value in slots.items():
+                if value not in ("True", "False", "dontcare") and re.search(rf"\b{re.escape(value)}\b", told):
+                    yield told, f"What {name.replace('_', ' ')} was settled on?", value
 
 
 def _clozes(data: Path, most: int, draw: random.Random) -> Iterator[Triple]:

@@ -25,6 +25,7 @@ from l2m_rag.backbone import Backbone, load_backbone, locate, tiny_backbone
 from l2m_rag.checkpoint import add_lora, put_weights, reader_at, save_model
 from l2m_rag.episodes import Batches, TaskRecipe
 from l2m_rag.errors import ConfigError, CorruptError, L2MError, MissingExtraError
+from l2m_rag.indexers.embedding import computes_bf16
 from l2m_rag.losses import EpisodeLoss, LossWeights
 from l2m_rag.model import L2M
 from l2m_rag.model_config import L2MConfig
@@ -72,7 +73,7 @@ class TrainRecipe:
         teacher: share of hops in which the evidence is recalled, at the start and at the end.
         hops: most hops.
         memory: False trains the same model without memory.
-        bf16: train in bfloat16.
+        bf16: run the model in bfloat16 where the machine has it; the weights that are trained stay float32.
         checkpointing: keep no activations of the layers, compute them again.
         save_seconds: between resumable checkpoints.
         log_every: steps.
@@ -165,7 +166,9 @@ def build(recipe: Recipe) -> tuple[L2M, dict[str, Any], Any]:
     if told.source:
         from transformers import AutoTokenizer
 
-        backbone = load_backbone(told.source, depth, dtype=torch.bfloat16 if recipe.train.bf16 else torch.float32)
+        # a CPU that only emulates bfloat16 is six times slower in it
+        dtype = torch.bfloat16 if plan.bf16 and computes_bf16() else torch.float32
+        backbone = load_backbone(told.source, depth, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(locate(told.source))
         made: dict[str, Any] = {"source": told.source}
     else:

@@ -73,6 +73,27 @@ def test_a_source_that_is_not_known_or_not_there_is_an_error(tmp_path: Path) -> 
         gather(tmp_path, ["squad"], Words(), Words())
 
 
+def test_stories_and_conversations_are_asked_for_what_they_hold(tmp_path: Path) -> None:
+    story = ["Ada went to the hall.", "Bob took the ball there.", "Ada is in the garden."]
+    write(
+        tmp_path / "babi/train.jsonl.zst",
+        {"story": story, "question": "Where is Ada?", "answer": "garden"},
+        {"story": story, "question": "Is Ada in the hall?", "answer": "no"},
+        {"story": story[:1], "question": "How many went?", "answer": "all"},  # a part of a word only
+    )
+    slots = {"Restaurants_1": {"party_size": "2", "time": "7 pm", "has_live_music": "True", "city": "Rome"}}
+    turns = [["USER", "A table for 12 people, please. No, 2."], ["SYSTEM", "At 7 pm, then."]]
+    write(tmp_path / "sgd/train.jsonl.zst", {"turns": turns, "final_slots": slots})
+    made = gather(tmp_path, ["stories", "dialogue"], Words(), Words())
+    assert [(one.text, one.answer) for one in made.questions] == [
+        ("Where is Ada?", "garden"),
+        ("What party size was settled on?", "2"),
+        ("What time was settled on?", "7 pm"),
+    ]
+    assert made.passages == [" ".join(story), "User: A table for 12 people, please. No, 2.\nSystem: At 7 pm, then."]
+    assert made.sources == ["stories", "dialogue"]
+
+
 def test_clozes_ask_for_a_name_that_the_passage_holds(tmp_path: Path) -> None:
     text = (
         "Ada Byron was a writer of letters and of notes on machines. In London she met Charles Babbage at a party. "
