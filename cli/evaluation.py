@@ -97,6 +97,8 @@ def qa(
     data: DataOption = None,
     n: Number = None,
     gold: Annotated[bool, typer.Option("--gold", help="Also measure reading of the document with the answer.")] = False,
+    gold_only: Annotated[bool, typer.Option("--gold-only", help="Measure that alone, without own search.")] = False,
+    answerable: Annotated[bool, typer.Option("--answerable", help="Ask only what has an answer; no AUROC.")] = False,
     free: Annotated[bool, typer.Option("--free", help="Let the model use its own words.")] = False,
     model: ModelOption = None,
     llm_url: UrlOption = None,
@@ -126,43 +128,102 @@ def qa(
         if questions is not None or collection is not None:
             raise UsageError("--suite brings its own questions; leave out --questions and --collection")
     names = SUITES[suite] if suite is not None else (name,)
-    ways = (True,) if suite == "long" else (True, False) if gold or suite else (False,)
+    ways = (True,) if gold_only or suite == "long" else (True, False) if gold or suite else (False,)
     for one in names:
         with _told(shows_progress(ctx, as_json)) as told:
             asked, tasks = _asked(settings, one, questions, collection, data)
             chosen = evaluate.sample(tasks.tasks, _SUITE if suite is not None and n is None else n)
-            rows = [evaluate.answers(asked, chosen, gold=way, free=free, told=told) for way in ways]
+            known: evaluate.Outcomes = {}
+            rows = [
+                evaluate.answers(
+                    asked, chosen, gold=way, free=free, unanswerable=not answerable, known=known, told=told
+                )
+                for way in ways
+            ]
         if suite is not None and not as_json:
             output.say(one)
         _say_rows([asdict(row) for row in rows], tasks.name, as_json)
 
 
 @eval_app.command(cls=Command)
-def calibrate(
+def language(
     ctx: typer.Context,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write the weights (JSON).")],
-    name: SetOption = "squad-train",
     data: DataOption = None,
-    n: Number = 300,
+    n: Number = None,
+    books: Annotated[int, typer.Option(min=1, metavar="N", help="Texts of books, 512 tokens each.")] = 64,
     model: ModelOption = None,
     as_json: Json = False,
 ) -> None:
-    """Fit the probability that there is an answer, on a set that may be trained on.
+    """Measure what a trained reader's weights still know of language, beside its backbone.
 
     Example:
-      l2m eval calibrate l2m_rag/data/reader/answerability.json --set timeqa-valid
+      l2m eval language -n 500
+
+    LAMBADA (last words), PIQA (which of two ways works), and the perplexity of books.
+    """
+    from transformers import AutoTokenizer
+
+    from l2m_rag import checkpoint, language_eval, tasks
+    from l2m_rag.backbone import load_backbone, locate
+    from l2m_rag.models import reader_folder
+    from l2m_rag.reading import paragraphs
+
+    settings = settings_of(ctx, model=model)
+    fetch(ctx, settings, as_json=as_json, embedder=False, decoder=True)
+    folder = reader_folder(settings.model)
+    if folder is None:
+        raise UsageError(f"{settings.model!r} is no trained reader; name the folder of a checkpoint with --model")
+    source, place = locate(checkpoint.source_of(folder)), tasks.data_folder(data)
+    reader = checkpoint.load_model(folder, merged=True, source=source)
+    models = {"backbone": load_backbone(source, reader.config.depth), "reader": reader.backbone}
+    with _told(shows_progress(ctx, as_json)) as told:
+        found = language_eval.language(
+            {name: one.float() for name, one in models.items()},
+            AutoTokenizer.from_pretrained(source),
+            place,
+            paragraphs(place / "books", 0, words=450, most=books),
+            n=n,
+            told=told,
+        )
+    rows = [asdict(row) for row in found]
+    output.say_json({"rows": rows}) if as_json else output.say_table(
+        [key.upper() for key in rows[0]], [list(row.values()) for row in rows]
+    )
+
+
+@eval_app.command(cls=Command)
+def calibrate(
+    ctx: typer.Context,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write the weights (JSON).")],
+    names: Annotated[
+        str, typer.Option("--set", metavar="NAME,...", help="Question sets, of those that may be trained on.")
+    ] = "multispanqa,timeqa-valid",
+    data: DataOption = None,
+    n: Annotated[int, typer.Option("-n", min=1, metavar="N", help="Take N questions of each, by chance.")] = 60,
+    model: ModelOption = None,
+    as_json: Json = False,
+) -> None:
+    """Fit the probability that there is an answer, on sets that may be trained on but were not.
+
+    Example:
+      l2m eval calibrate l2m_rag/data/reader/answerability.json
     """
     from l2m_rag import evaluate
     from l2m_rag.tasks import SETS
 
-    if name in SETS and not SETS[name].train:
-        raise UsageError(f"{name} is for measuring; fit on one of: {', '.join(s for s in SETS if SETS[s].train)}")
+    chosen = names.split(",")
+    for name in chosen:
+        if name in SETS and not SETS[name].train:
+            raise UsageError(f"{name} is for measuring; fit on one of: {', '.join(s for s in SETS if SETS[s].train)}")
     settings = settings_of(ctx, model=model)
     fetch(ctx, settings, as_json=as_json, decoder=True)
     with _told(shows_progress(ctx, as_json)) as told:
-        asked, tasks = _asked(settings, name, None, None, data)
-        answerable = [task for task in tasks.tasks if task.answerable and task.answers]
-        found = evaluate.calibrate(asked, evaluate.sample(answerable, n), told=told)
+        sets = []
+        for name in chosen:
+            asked, tasks = _asked(settings, name, None, None, data)
+            answerable = [task for task in tasks.tasks if task.answerable and task.answers]
+            sets.append((asked, evaluate.sample(answerable, n)))
+        found = evaluate.calibrate(sets, told=told)
     file.write_text(json.dumps(found, indent=1) + "\n")
     output.say_json(found) if as_json else output.say(f"{file}: {found['fitted']}; AUROC {found['auroc']}")
 
@@ -223,23 +284,42 @@ def ask(
     questions: Annotated[
         str | None, typer.Option(metavar="FILE.jsonl", help="Questions to ask; default those of `l2m demo`.")
     ] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1000, metavar="N", help="Ask the demo's documents among N made-up chunks.")
+    ] = None,
     model: ModelOption = None,
     llm_url: UrlOption = None,
     as_json: Json = False,
 ) -> None:
     """Measure the time to the first token of answers, models loaded.
 
-    Example:
+    Examples:
       l2m bench ask -c demo
+      l2m bench ask --rows 100000
     """
+    import tempfile
+    from importlib import resources
+
     from l2m_rag import bench
     from l2m_rag.cli.demo import COLLECTION, QUESTIONS
     from l2m_rag.cli.options import read_questions
+    from l2m_rag.collection import Collection
 
     settings = settings_of(ctx, collection=collection or COLLECTION, model=model, llm_url=llm_url)
     asked = [one.text for one in read_questions(questions)] if questions else [*QUESTIONS] * 5
     fetch(ctx, settings, as_json=as_json, decoder=True)
-    _say_figures(bench.ask(opened(settings), asked, told=remarks(ctx)), as_json)
+    if rows is None:
+        _say_figures(bench.ask(opened(settings), asked, told=remarks(ctx)), as_json)
+        return
+    if collection is not None:
+        raise UsageError("--rows makes a collection of its own; leave out --collection")
+    with (
+        tempfile.TemporaryDirectory(prefix="l2m-bench-") as scratch,
+        resources.as_file(resources.files("l2m_rag") / "data" / "demo") as folder,
+    ):
+        made = Collection("bench", Path(scratch) / "bench", settings)
+        bench.filled(made, folder, rows, told=remarks(ctx))
+        _say_figures(bench.ask(made, asked, told=remarks(ctx)), as_json)
 
 
 @bench_app.command("first-token", cls=Command)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from l2m_rag.errors import CorruptError
 
+_KEYS = ("weights", "prior")
+
 
 def probability(weights: dict[str, float], features: dict[str, float]) -> float:
     """Give 1 / (1 + exp(-z)), z the weighted sum of the features and the bias; a feature without weight is left out."""
@@ -26,14 +28,18 @@ def untrained() -> dict[str, float]:
     return weights
 
 
-def load(path: Path) -> dict[str, float]:
+def load(path: Path) -> tuple[dict[str, float], dict[str, float]]:
     """Read weights that `l2m eval calibrate` wrote.
+
+    Returns:
+        Those of the probability that a passage holds an answer once it was read, and those of the same before it was.
 
     Raises:
         CorruptError: they cannot be read.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["weights"]
-        return {str(name): float(weight) for name, weight in found.items()}
+        found = json.loads(path.read_text(encoding="utf-8"))
+        weights, prior = [{str(name): float(weight) for name, weight in found[key].items()} for key in _KEYS]
+        return weights, prior
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptError(f"{path} cannot be read ({error}); restore it, or run: l2m eval calibrate {path}") from error

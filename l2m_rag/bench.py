@@ -401,22 +401,46 @@ def first_token(
     }
 
 
+def filled(collection: Collection, folder: Path, rows: int, *, told: Told = lambda text: None) -> None:
+    """Put the documents of a folder into a new collection, and made-up chunks up to `rows` beside them."""
+    told("ingesting the documents")
+    collection.ingest(folder)
+    tier = collection.tier()
+    told(f"writing {rows:,} chunks")
+    _fill(tier.store, made_texts(rows), made_vectors(rows, load_embedder(collection.settings).dimension))
+    told("building the indexes")
+    tier.store.index_text(0)
+
+
 def ask(collection: Collection, questions: Sequence[str], *, told: Told = lambda text: None) -> dict[str, Any]:
-    """Measure the time to the first token of answers once the models are loaded."""
+    """Measure the time to the first token of answers once the models are loaded.
+
+    A memory model is asked twice: with no states of passages kept, and with those that the first time left.
+    """
+    from l2m_rag.reader import MemoryReader
+
     quiet = Collection(collection.name, collection.path, replace(collection.settings, abstain_below=0.0))
     told("loading the models")
     quiet.ask(questions[0])
-    first, whole, positions = [], [], []
+    reader = load_language_model(collection.settings)
+    times: dict[str, list[float]] = {}
+    positions = []
     for number, question in enumerate(questions, 1):
         told(f"question {number} of {len(questions)}")
+        if isinstance(reader, MemoryReader):
+            reader.forget()
+            _timed(times, "first_use_", quiet.ask(question).timings)
         answer = quiet.ask(question)
-        first.append(answer.timings["first_token_ms"])
-        whole.append(answer.timings["total_ms"])
+        _timed(times, "", answer.timings)
         positions.append(answer.tokens["positions"])
     return {
         "questions": len(questions),
-        "first_token_p50_ms": round(statistics.median(first), 1),
-        "first_token_p95_ms": round(float(np.percentile(first, 95)), 1),
-        "total_p50_ms": round(statistics.median(whole), 1),
+        **{f"{name}_p50_ms": round(statistics.median(found), 1) for name, found in times.items()},
+        **{f"{name}_p95_ms": round(float(np.percentile(found, 95)), 1) for name, found in times.items()},
         "positions_p50": statistics.median(positions),
     }
+
+
+def _timed(times: dict[str, list[float]], prefix: str, found: dict[str, float]) -> None:
+    for name in ("first_token", "total"):
+        times.setdefault(prefix + name, []).append(found[f"{name}_ms"])

@@ -203,6 +203,7 @@ class Collection:
             passages=self.settings.passages,
             budget=self.settings.budget,
             focus=self.settings.focus,
+            enough=self.settings.enough,
             closeness=self.closeness,
             abstain_below=self.settings.abstain_below if abstain_below is None else abstain_below,
             free=free,

@@ -123,6 +123,9 @@ class Settings:
     focus: int = 3
     """Sentences of that evidence that a model which was not trained to read quotes from; the trained one reads all."""
 
+    enough: float = 0.7
+    """Probability of holding the answer from which on the trained reader reads no more passages; 1 reads all."""
+
     threads: int = 0
     """CPU threads; 0 for all."""
 
@@ -276,6 +279,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "passages": _at_least(1),
     "budget": _at_least(1),
     "focus": _at_least(1),
+    "enough": (lambda p: 0 <= p <= 1, "between 0 and 1"),
     "threads": _at_least(0),
     "abstain_below": (lambda p: 0 <= p <= 1, "between 0 and 1"),
 }

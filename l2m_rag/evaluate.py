@@ -6,6 +6,7 @@ documents are written out as files and ingested as a user's would be, so what is
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import random
 import re
@@ -14,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from l2m_rag.indexers.pipeline import Progress
     from l2m_rag.memory_tiers.long_term import Fusion, Mode
 
+_Item = TypeVar("_Item")
 Told = Callable[[int, int], object]
 """Called with (questions done, questions in all)."""
 
@@ -85,6 +87,7 @@ class QARow:
             sentence with a gold answer.
         verbatim: share of all quotes that stand at their offsets, character by character.
         first_token_ms: median.
+        positions: of evidence that was read, mean over the answerable questions.
         half: half-widths of the intervals, by field.
     """
 
@@ -98,6 +101,7 @@ class QARow:
     citation_precision: float
     verbatim: float
     first_token_ms: float
+    positions: float
     half: dict[str, float] = field(default_factory=dict)
 
 
@@ -115,8 +119,8 @@ def collection_of(tasks: TaskSet, settings: Settings, progress: Callable[[Progre
     return collection
 
 
-def sample(tasks: Sequence[Task], n: int | None, seed: int = 0) -> list[Task]:
-    """Give n of the tasks, chosen by chance but the same each time; all of them when n is None."""
+def sample(tasks: Sequence[_Item], n: int | None, seed: int = 0) -> list[_Item]:
+    """Give n of the tasks (or whatever is given), chosen by chance but the same each time; all when n is None."""
     if n is None or n >= len(tasks):
         return list(tasks)
     chosen = random.Random(seed).sample(range(len(tasks)), n)
@@ -204,10 +208,22 @@ class _Outcome:
     cited: float
     verbatim: list[bool]
     first_token_ms: float
+    positions: int
+
+
+Outcomes = dict[tuple[Task, str | None], _Outcome]
+"""What was asked already, by question and filter of the search."""
 
 
 def answers(
-    collection: Collection, tasks: Sequence[Task], *, gold: bool, free: bool = False, told: Told | None = None
+    collection: Collection,
+    tasks: Sequence[Task],
+    *,
+    gold: bool,
+    free: bool = False,
+    unanswerable: bool = True,
+    known: Outcomes | None = None,
+    told: Told | None = None,
 ) -> QARow:
     """Measure answers, citations and abstention.
 
@@ -220,20 +236,25 @@ def answers(
         tasks: with answers, and a document each where the gold document is to be read.
         gold: read the document that holds the answer, instead of what the search finds.
         free: let the model use its own words.
+        unanswerable: ask those too; without them there is no AUROC.
+        known: outcomes of another way over the same collection; what is asked in both is asked once. It is added to.
         told: called after each question.
     """
+    known = {} if known is None else known
     positive = [task for task in tasks if task.answerable and task.answers]
-    negative = [task for task in tasks if not task.answerable]
+    negative = [task for task in tasks if unanswerable and not task.answerable]
     if not positive:
         raise UsageError('no question has gold answers: give "answers"')
     if gold and not all(task.document for task in positive):
         raise UsageError('not every question names its document: give "document", or leave out --gold')
-    removed = not negative and all(task.document for task in positive)
+    removed = unanswerable and not negative and all(task.document for task in positive)
     jobs = [(task, _only(task) if gold else None) for task in positive + negative]
     jobs += [(task, _without(task)) for task in positive] if removed else []
     outcomes = []
     for number, (task, where) in enumerate(jobs, 1):
-        outcomes.append(_outcome(collection, task, where, free))
+        if (task, where) not in known:
+            known[task, where] = _outcome(collection, task, where, free)
+        outcomes.append(known[task, where])
         if told:
             told(number, len(jobs))
     threshold = collection.settings.abstain_below
@@ -271,6 +292,7 @@ def _outcome(collection: Collection, task: Task, where: str | None, free: bool) 
         cited=cited,
         verbatim=[texts[c.document][c.start : c.end] == c.quote for c in answer.citations],
         first_token_ms=answer.timings["first_token_ms"],
+        positions=answer.tokens["positions"],
     )
 
 
@@ -299,13 +321,14 @@ def _qa_row(evidence: str, outcomes: Sequence[_Outcome], positive: int, threshol
         auroc=round(auroc(labels, probabilities), 4),
         verbatim=round(sum(quotes) / len(quotes), 4) if quotes else math.nan,
         first_token_ms=round(float(np.median([one.first_token_ms for one in outcomes])), 1),
+        positions=round(float(np.mean([one.positions for one in right])), 1),
         half={name: round(half_width(values), 4) for name, values in columns.items()},
         **{name: round(float(np.mean(values)), 4) if values else math.nan for name, values in columns.items()},
     )
 
 
 # -- the probability that there is an answer ---------------------------------------------------------------------------
-def calibrate(collection: Collection, tasks: Sequence[Task], *, told: Told | None = None) -> dict[str, object]:
+def calibrate(sets: Sequence[tuple[Collection, Sequence[Task]]], *, told: Told | None = None) -> dict[str, object]:
     """Fit the weights of the probability that there is an answer: logistic regression over the evidence's features.
 
     Each question is asked with its document in reach and with it kept from the search; the label is whether a passage
@@ -314,44 +337,60 @@ def calibrate(collection: Collection, tasks: Sequence[Task], *, told: Told | Non
     Returns:
         The weights, and how they were fitted, as `answerability.json` holds them.
     """
-    try:
-        from sklearn.linear_model import LogisticRegression
-    except ImportError as error:
-        raise MissingExtraError("scikit-learn", "eval") from error
-    model = load_language_model(collection.settings)
-    if not isinstance(model, qa.Reader):
-        raise UsageError("the probability is fitted with a model that can quote; leave out --llm-url")
+    if importlib.util.find_spec("sklearn") is None:
+        raise MissingExtraError("scikit-learn", "eval")
     points: list[dict[str, float]] = []
+    priors: list[dict[str, float]] = []
     labels: list[int] = []
-    jobs = [(task, where) for task in tasks if task.document and task.answers for where in (None, _without(task))]
-    for number, (task, where) in enumerate(jobs, 1):
-        hits = collection.search(task.question, collection.settings.passages, where=where)
-        read, _ = qa.within(hits, model, collection.settings.budget)
-        if read:
-            asked = qa.cut_question(task.question, model, collection.settings.budget)
-            ranked = qa.rank_sentences(asked, read, None if model.whole else collection.closeness)
-            _, quoted = qa.find_spans(
-                asked, read, ranked, model, budget=collection.settings.budget, focus=collection.settings.focus
-            )
-            points.append(qa.evidence_features(read, ranked, quoted))
-            labels.append(int(any(_holds(task, passage) for passage in read)))
+    jobs = [
+        (collection, task, where)
+        for collection, tasks in sets
+        for task in tasks
+        if task.document and task.answers
+        for where in (None, _without(task))
+    ]
+    for number, (collection, task, where) in enumerate(jobs, 1):
+        settings = collection.settings
+        model = load_language_model(settings)
+        if not isinstance(model, qa.Reader):
+            raise UsageError("the probability is fitted with a model that can quote; leave out --llm-url")
+        read, _ = qa.within(collection.search(task.question, settings.passages, where=where), model, settings.budget)
+        asked = qa.cut_question(task.question, model, settings.budget)
+        sizes = {"budget": settings.budget, "focus": settings.focus}
+        for found in qa.findings(asked, read, model, **sizes, closeness=collection.closeness, skip=0.0):
+            points.append(found.features)
+            priors.append(found.prior)
+            labels.append(int(any(_holds(task, passage) for passage in found.passages)))
         if told:
             told(number, len(jobs))
+    weights = _fitted(points, labels)
+    probabilities = [answerability.probability(weights, point) for point in points]
+    return {
+        "weights": weights,
+        "prior": _fitted(priors, labels),
+        "fitted": f"{len(points)} readings for {len(jobs) // 2} questions; {sum(labels)} held the answer",
+        "auroc": round(auroc(labels, probabilities), 4),
+    }
+
+
+def _fitted(points: Sequence[dict[str, float]], labels: Sequence[int]) -> dict[str, float]:
+    """Fit logistic regression.
+
+    Raises:
+        UsageError: all labels are the same.
+    """
+    from sklearn.linear_model import LogisticRegression
+
     if len(set(labels)) < 2:
         raise UsageError(
-            f"{sum(labels)} of {len(labels)} searches found the answer; to fit the probability, take questions of "
+            f"{sum(labels)} of {len(labels)} readings held the answer; to fit the probability, take questions of "
             "which some are found and some are not"
         )
     names = list(points[0])
     matrix = np.array([[point[name] for name in names] for point in points])
     fitted = LogisticRegression(C=10.0, max_iter=1000).fit(matrix, labels)
     weights = {"bias": float(fitted.intercept_[0]), **dict(zip(names, map(float, fitted.coef_[0]), strict=True))}
-    probabilities = [answerability.probability(weights, point) for point in points]
-    return {
-        "weights": {name: round(weight, 4) for name, weight in weights.items()},
-        "fitted": f"{len(points)} searches for {len(jobs) // 2} questions, {sum(labels)} of them with the answer found",
-        "auroc": round(auroc(labels, probabilities), 4),
-    }
+    return {name: round(weight, 4) for name, weight in weights.items()}
 
 
 def _holds(task: Task, passage: Passage) -> bool:

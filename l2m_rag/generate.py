@@ -113,6 +113,11 @@ class Decoder:
         """Weights of the probability that there is an answer."""
         return answerability.untrained()
 
+    @property
+    def prior(self) -> dict[str, float]:
+        """It reads no passage by itself."""
+        return {}
+
     def quote(self, question: str, passages: Sequence[str]) -> Quoted:
         """Answer a question with spans of some texts, which are read as a prompt."""
         evidence = "\n\n".join(passages)

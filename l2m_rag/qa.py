@@ -32,6 +32,7 @@ _WORD = re.compile(r"\w+")
 _BORDER = re.compile(r"(?<=[.!?])[ \t]+|\s*\n\s*|(?<=[。！？])")  # noqa: RUF001
 _WRAPPED = 60  # characters from which on a line may be one of a wrapped paragraph
 _MARKS = tuple("-*•#|+>")
+_HOPELESS = 0.03  # probability of holding the answer below which a passage is not worth reading
 
 
 Closeness = Callable[[str, Sequence[str]], Sequence[float]]
@@ -65,12 +66,17 @@ class Reader(Speller, Protocol):
 
     @property
     def whole(self) -> bool:
-        """Whether it reads passages whole; else their sentences that fit the question best."""
+        """Whether it reads passages whole, each by itself; else the sentences of all that fit the question best."""
         ...
 
     @property
     def answerability(self) -> dict[str, float]:
         """Weights of the probability that there is an answer."""
+        ...
+
+    @property
+    def prior(self) -> dict[str, float]:
+        """Weights of the same before a passage is read; used when passages are read whole."""
         ...
 
     def quote(self, question: str, passages: Sequence[str]) -> Quoted:
@@ -141,6 +147,8 @@ class _Draft:
     prompt: int
     generated: int
     first: float  # on the monotonic clock
+    read: Sequence[Sequence[Passage]] = ()  # at each step
+    positions: int = 0  # that they took
 
 
 def answer(
@@ -151,6 +159,7 @@ def answer(
     passages: int = 8,
     budget: int = 768,
     focus: int = 3,
+    enough: float = 0.7,
     closeness: Closeness | None = None,
     abstain_below: float = 0.5,
     free: bool = False,
@@ -166,6 +175,8 @@ def answer(
         passages: passages looked at.
         budget: positions (tokens of the model) of evidence that are read, best passages first.
         focus: sentences of those passages that an answer is quoted from, those that fit the question best.
+        enough: probability that the passage just read holds the answer, from which on a reader of whole passages
+            reads no more; 1 reads all that fit the budget.
         closeness: compares the question with sentences; without it only their words are compared.
         abstain_below: no answer is given when the probability that there is one lies below.
         free: write freely instead of quoting.
@@ -185,7 +196,7 @@ def answer(
     if not read:
         draft = _Draft("", "none", 0.0, [], 0, 0, time.monotonic())
     elif isinstance(model, Reader) and not free:
-        draft = _quote(asked, read, model, abstain_below, budget, focus, closeness)
+        draft = _quote(asked, read, model, abstain_below, budget, focus, enough, closeness)
         say(draft.text)
     else:
         draft = _write(asked, read, model, history, closeness, abstain_below, say)
@@ -196,24 +207,30 @@ def answer(
         abstained=draft.kind == "none",
         answerable_probability=round(draft.probability, 4),
         citations=draft.citations,
-        steps=[
-            {
-                "step": 0,
-                "retrieve": True,
-                "tier": "long-term",
-                "query_top": [hit.chunk.id for hit in hits],
-                "read": [{"chunk_id": hit.chunk.id, "resolution": "1:1"} for hit in read],
-                "evicted": [],
-                "stop": True,
-            }
-        ],
+        steps=_steps(hits, draft.read or [read]),
         timings={
             "retrieve_ms": retrieved,
             "first_token_ms": round((draft.first - began) * 1000, 1),
             "total_ms": milliseconds(began),
         },
-        tokens={"prompt": draft.prompt, "generated": draft.generated, "positions": positions},
+        tokens={"prompt": draft.prompt, "generated": draft.generated, "positions": draft.positions or positions},
     )
+
+
+def _steps(hits: Sequence[Passage], read: Sequence[Sequence[Passage]]) -> list[dict[str, object]]:
+    """Give the trace of an answer: what was found at first, and what was read at each step."""
+    return [
+        {
+            "step": number,
+            "retrieve": not number,
+            "tier": "long-term",
+            "query_top": [] if number else [hit.chunk.id for hit in hits],
+            "read": [{"chunk_id": one.chunk.id, "resolution": "1:1"} for one in passages],
+            "evicted": [],
+            "stop": number == len(read) - 1,
+        }
+        for number, passages in enumerate(read)
+    ]
 
 
 def check_question(question: str) -> None:
@@ -286,25 +303,83 @@ def rank_sentences(question: str, read: Sequence[Passage], closeness: Closeness 
     return sorted(found, key=lambda sentence: -sentence.fit)
 
 
-def find_spans(
-    question: str, read: Sequence[Passage], ranked: Sequence[Sentence], reader: Reader, *, budget: int, focus: int
-) -> tuple[list[tuple[Span, Passage]], Quoted]:
-    """Give the likeliest spans of the passages or of their best sentences, best first, and all the reader found.
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a reader found in passages that it read together.
 
-    What fits worst is read first, so that the best stands by the question. Offsets are those in the passages.
+    Args:
+        passages: that were read.
+        spans: the likeliest ones, best first, each with its passage; offsets are those in the passage.
+        quoted: all that the reader said.
+        features: of the probability that the passages hold an answer.
+        prior: the same before they were read.
     """
-    if reader.whole:
-        places = [(number, 0, len(reader.cut(passage.chunk.text, budget))) for number, passage in enumerate(read)]
-    else:
+
+    passages: Sequence[Passage]
+    spans: list[tuple[Span, Passage]]
+    quoted: Quoted
+    features: dict[str, float]
+    prior: dict[str, float]
+
+
+def findings(
+    question: str,
+    read: Sequence[Passage],
+    reader: Reader,
+    *,
+    budget: int,
+    focus: int,
+    closeness: Closeness | None,
+    skip: float = _HOPELESS,
+) -> Iterator[Finding]:
+    """Read passages, and give what was found after each step.
+
+    A reader of whole passages reads each by itself, in the order of the search: together they confuse it
+    (docs/decisions/0009-one-by-one.md). One that is not likely to hold the answer is skipped. Any other model reads the
+    best sentences of all of them at once, worst first, so that the best stands by the question.
+
+    Args:
+        question: to be asked.
+        read: passages, best first; at least one.
+        reader: reads.
+        budget: a passage is cut to so many tokens.
+        focus: sentences that are read at once.
+        closeness: compares the question with sentences.
+        skip: probability of holding the answer, by the search alone, below which a passage but the first is not read.
+    """
+    if not reader.whole:
+        ranked = rank_sentences(question, read, closeness)
         places = [(sentence.passage, sentence.start, sentence.end) for sentence in ranked[:focus]]
-    places.reverse()
+        if places:
+            yield _found(question, read, ranked, places[::-1], reader, read[0].score)
+        return
+    for number, passage in enumerate(read):
+        prior = prior_features(passage, read[0].score)
+        if number and answerability.probability(reader.prior, prior) < skip:
+            continue
+        whole = len(reader.cut(passage.chunk.text, budget))
+        ranked = rank_sentences(question, [passage], None)
+        if ranked:
+            yield _found(question, [passage], ranked, [(0, 0, whole)], reader, read[0].score)
+
+
+def _found(
+    question: str,
+    read: Sequence[Passage],
+    ranked: Sequence[Sentence],
+    places: Sequence[tuple[int, int, int]],
+    reader: Reader,
+    best: float,
+) -> Finding:
+    """Read (number of the passage, start, end) of some places, in their order."""
     quoted = reader.quote(question, [read[number].chunk.text[low:high] for number, low, high in places])
-    found = []
+    spans = []
     for span in quoted.spans:
         number, shift, _ = places[span.passage]
         moved = replace(span, passage=number, start=span.start + shift, end=span.end + shift)
-        found.append((moved, read[number]))
-    return found, quoted
+        spans.append((moved, read[number]))
+    prior = prior_features(read[0], best)
+    return Finding(read, spans, quoted, {**prior, **evidence_features(read, ranked, quoted)}, prior)
 
 
 def _quote(
@@ -314,25 +389,32 @@ def _quote(
     abstain_below: float,
     budget: int,
     focus: int,
+    enough: float,
     closeness: Closeness | None,
 ) -> _Draft:
     """Answer with the likeliest span, unless the passages are not likely to hold an answer."""
-    ranked = rank_sentences(question, read, None if reader.whole else closeness)
-    if not ranked:
-        return _Draft("", "none", 0.0, [], 0, 0, time.monotonic())
-    found, quoted = find_spans(question, read, ranked, reader, budget=budget, focus=focus)
-    if not found:
-        return _Draft("", "none", 0.0, [], quoted.prompt, 0, time.monotonic())
-    top = found[0][0].score
+    tried: list[tuple[float, Finding]] = []
+    for finding in findings(question, read, reader, budget=budget, focus=focus, closeness=closeness):
+        probability = answerability.probability(reader.answerability, finding.features)
+        tried.append((probability, finding))
+        if probability >= enough:
+            break
+    steps = [finding.passages for _, finding in tried]
+    prompt = sum(finding.quoted.prompt for _, finding in tried)
+    positions = sum(finding.quoted.recalled for _, finding in tried)
+    tried = sorted((entry for entry in tried if entry[1].spans), key=lambda entry: -entry[0])
+    if not tried:
+        return _Draft("", "none", 0.0, [], prompt, 0, time.monotonic(), steps, positions)
+    probability, finding = tried[0]
+    top = finding.spans[0][0].score
     # the same words at several places: the passage that the search likes best is cited first
-    equal = sorted((entry for entry in found if entry[0].score == top), key=lambda entry: -entry[1].score)
-    probability = answerability.probability(reader.answerability, evidence_features(read, ranked, quoted))
+    equal = sorted((entry for entry in finding.spans if entry[0].score == top), key=lambda entry: -entry[1].score)
     text = _text(*equal[0])
-    citations = _numbered(equal[:3])
-    kind = "span"
+    equal += [other.spans[0] for _, other in tried[1:] if _text(*other.spans[0]) == text]
     if probability < abstain_below:
-        text, kind, citations = "", "none", []
-    return _Draft(text, kind, probability, citations, quoted.prompt, equal[0][0].tokens, time.monotonic())
+        return _Draft("", "none", probability, [], prompt, equal[0][0].tokens, time.monotonic(), steps, positions)
+    cited = _numbered(equal[:3])
+    return _Draft(text, "span", probability, cited, prompt, equal[0][0].tokens, time.monotonic(), steps, positions)
 
 
 def _write(
@@ -458,6 +540,14 @@ def evidence_features(read: Sequence[Passage], ranked: Sequence[Sentence], quote
         "margin": min(distinct[0] - distinct[1], 5.0) if len(distinct) > 1 else 0.0,
     }
     if quoted is not None and quoted.empty is not None:
-        # log-odds that there is no answer, by the reader's own choice
-        found["empty"] = max(-20.0, quoted.empty - math.log1p(-math.exp(min(quoted.empty, -1e-6))))
+        found["empty"] = _log_odds(quoted.empty)
     return found
+
+
+def prior_features(passage: Passage, best: float) -> dict[str, float]:
+    """Give what the search alone tells of whether a passage holds an answer; `best` is the score of the first one."""
+    return {"passage": passage.dense or 0.0, "behind": best - passage.score}
+
+
+def _log_odds(log_probability: float) -> float:
+    return max(-20.0, log_probability - math.log1p(-math.exp(min(log_probability, -1e-6))))

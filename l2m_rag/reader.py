@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, DynamicCache
 
-from l2m_rag import answerability
+from l2m_rag import answerability, int8
 from l2m_rag.backbone import locate
 from l2m_rag.checkpoint import load_model, source_of
 from l2m_rag.generate import Decoder
@@ -28,6 +28,7 @@ from l2m_rag.state import Picked
 ANSWERABILITY = "answerability.json"
 """File of a checkpoint with the weights of the probability that there is an answer."""
 _HOT_BYTES = 256 * 2**20
+_OUTLIERS = ("down_proj",)  # layers that lose too much in int8 (docs/decisions/0007-int8.md)
 
 
 class Prefilled(NamedTuple):
@@ -60,6 +61,7 @@ class MemoryReader:
         threads: CPU threads; 0 leaves torch's own choice.
         device: "cpu", "cuda", ...; None takes a GPU when there is one.
         hot_bytes: most bytes of passages' states that are kept.
+        rounded: whether linear layers are in int8; None for where it is quicker: CPUs without bf16 arithmetic.
 
     Raises:
         L2MError: the checkpoint cannot be used.
@@ -74,13 +76,17 @@ class MemoryReader:
         threads: int = 0,
         device: str | None = None,
         hot_bytes: int = _HOT_BYTES,
+        rounded: bool | None = None,
     ) -> None:
         if threads:
             torch.set_num_threads(threads)
         self.name = name
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = torch.bfloat16 if computes_bf16(self.device) else torch.float32
+        bf16 = computes_bf16(self.device)
+        dtype = torch.bfloat16 if bf16 else torch.float32
         self.model: L2M = load_model(folder, dtype=dtype, merged=True, source=source).to(self.device)
+        if self.device == "cpu" and int8.available() and (not bf16 if rounded is None else rounded):
+            int8.to_int8(self.model.backbone, but=_OUTLIERS)
         self._source = locate(source or source_of(folder))
         self.tokenizer: Any = AutoTokenizer.from_pretrained(self._source)
         self._backend = self.tokenizer.backend_tokenizer
@@ -91,7 +97,9 @@ class MemoryReader:
         self._threads = threads
         self._writer: Decoder | None = None
         fitted = folder / ANSWERABILITY
-        self.answerability = answerability.load(fitted) if fitted.exists() else {"bias": 0.0, "empty": -1.0}
+        self.answerability, self.prior = (
+            answerability.load(fitted) if fitted.exists() else ({"bias": 0.0, "empty": -1.0}, {"bias": 0.0})
+        )
 
     @property
     def whole(self) -> bool:

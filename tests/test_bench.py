@@ -108,3 +108,16 @@ def test_what_is_for_measuring_cannot_be_fitted_on(l2m: Run) -> None:
     result = l2m("eval", "calibrate", "out.json", "--set", "xquad")
     assert result.exit_code == 2
     assert "squad-train" in result.stderr
+
+
+def test_bench_ask_asks_among_made_up_chunks(l2m: Run, tmp_path: Path, language_model: Path) -> None:
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"text": "How much is the deposit?"}\n{"text": "When does the lease end?"}\n')
+    call = ("--quiet", "bench", "ask", "--rows", "1000", "--questions", str(questions), "--model", str(language_model))
+    value = found(l2m(*call, "--json"))
+    assert value["questions"] == 2
+    assert 0 < value["first_token_p50_ms"] <= value["total_p50_ms"] <= value["total_p95_ms"]
+    assert value["positions_p50"] > 0
+    assert not (tmp_path / "home" / "collections").exists()
+    refused = l2m(*call, "-c", "mine")
+    assert (refused.exit_code, "leave out --collection" in refused.stderr) == (2, True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,9 @@ class Oracle:
         text, probability, start = self.say(question, where)
         quote = self.kept[start : start + len(text)]
         cited = [qa.Citation(1, "d", None, start, start + len(text), quote, 1.0)]
-        return qa.Answer(question, text, "span", False, probability, cited, [], {"first_token_ms": 5.0}, {})
+        return qa.Answer(
+            question, text, "span", False, probability, cited, [], {"first_token_ms": 5.0}, {"positions": 9}
+        )
 
 
 def test_answers_are_scored_and_the_document_is_hidden_for_abstention() -> None:
@@ -140,6 +142,25 @@ def test_answers_are_scored_and_the_document_is_hidden_for_abstention() -> None:
     found = evaluate.answers(oracle, [Task("1", "Who wrote it?", ("Ada",), "d")], gold=True)
     assert found.citation_precision == 1.0
     assert asked[2] == "document = 'd'"
+
+
+def test_what_was_asked_is_not_asked_again_and_the_unanswerable_can_be_left_out() -> None:
+    asked: list[str | None] = []
+
+    def say(question: str, where: str | None) -> tuple[str, float, int]:
+        asked.append(where)
+        return "Ada", 0.9, 0
+
+    oracle: Any = Oracle(say)
+    tasks, known = [Task("1", "Who wrote it?", ("Ada",), "d")], evaluate.Outcomes()
+    given = evaluate.answers(oracle, tasks, gold=True, known=known)
+    found = evaluate.answers(oracle, tasks, gold=False, known=known)
+    assert asked == ["document = 'd'", "document <> 'd'", None]
+    assert (given.auroc, found.auroc, found.positions) == (0.5, 0.5, 9.0)
+    few = evaluate.answers(oracle, tasks, gold=False, unanswerable=False)
+    assert asked[3:] == [None]
+    assert math.isnan(few.auroc)
+    assert few.f1 == 1.0
 
 
 def test_a_forged_quote_is_found() -> None:
@@ -179,3 +200,47 @@ def test_the_shipped_weights_were_fitted_and_point_the_right_way() -> None:
     assert set(kept["weights"]) - {"bias"} == set(
         qa.evidence_features([passage("a")], [], Quoted([Span(0, 0, 1, -1.0, 1)], None, 1))
     )
+
+
+class Sure:
+    """A reader of whole passages that is sure where the answer is."""
+
+    name, whole = "sure", True
+    answerability = prior = {"bias": 0.0}  # noqa: RUF012
+
+    def count(self, text: str) -> int:
+        return len(text.split())
+
+    def cut(self, text: str, tokens: int) -> str:
+        return text
+
+    def reply(self, system: str, user: str, *, most: int) -> Iterator[str]:
+        raise NotImplementedError
+
+    def quote(self, question: str, passages: Sequence[str]) -> Quoted:
+        held = "Ada" in passages[0]
+        return Quoted([Span(0, 0, 3, -0.1 if held else -4.0, 1)], -5.0 if held else -0.1, 4, 3)
+
+
+def test_the_probability_is_fitted_on_readings_with_and_without_the_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "load_language_model", lambda settings: Sure())
+    asked: list[str | None] = []
+
+    class Kept:
+        settings = Settings()
+        closeness = None
+
+        def search(self, question: str, k: int, *, where: str | None) -> list[Passage]:
+            asked.append(where)
+            hits = [passage("d", "Ada wrote it."), passage("e", "Nobody knows."), passage("f", "Ada of another one.")]
+            return hits[1:] if where else hits
+
+    kept: Any = Kept()
+    found = evaluate.calibrate([(kept, [Task("1", "Who?", ("Ada",), "d"), Task("2", "When?", (), "d")])] * 2)
+    assert asked == [None, "document <> 'd'"] * 2
+    assert found["fitted"] == "10 readings for 2 questions; 2 held the answer"
+    weights: Any = found["weights"]
+    assert weights["empty"] < 0 < weights["span"]
+    assert set(found["prior"]) == {"bias", "passage", "behind"}  # type: ignore[call-overload]
+    with pytest.raises(UsageError, match="which some are found"):
+        evaluate.calibrate([(kept, [Task("1", "Who?", ("nothing",), "d")])])

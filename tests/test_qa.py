@@ -46,6 +46,10 @@ class Words:
     def answerability(self) -> dict[str, float]:
         return answerability.untrained()
 
+    @property
+    def prior(self) -> dict[str, float]:
+        return {"bias": 1.0, "behind": -10.0}
+
     def quote(self, question: str, passages: Sequence[str]) -> Quoted:
         self.prompts.append("\n\n".join(passages) + f"\n\nQuestion: {question}")
         found = self.found
@@ -275,3 +279,60 @@ def test_only_so_many_sentences_are_read() -> None:
     read = [passage("One fact. Two facts. Three facts. Four facts.")]
     qa.answer("facts?", lambda _, k: read, model, focus=2, abstain_below=0.0)
     assert len(model.prompts[0].split("Question:")[0].strip().split("\n\n")) == 2
+
+
+class ByPassage(Words):
+    """A reader of whole passages that finds what a test says in each, and is as sure of it as it says."""
+
+    def __init__(self, odds: dict[str, float], answers: dict[str, str]) -> None:
+        super().__init__(whole=True)
+        self.odds, self.answers = odds, answers
+
+    @property
+    def answerability(self) -> dict[str, float]:
+        return {"bias": 0.0, "span": 1.0}
+
+    def quote(self, question: str, passages: Sequence[str]) -> Quoted:
+        self.prompts.append(passages[0])
+        start = passages[0].index(self.answers[passages[0]])
+        end = start + len(self.answers[passages[0]])
+        return Quoted([Span(0, start, end, self.odds[passages[0]], 1)], -1.0, 5, self.count(passages[0]))
+
+
+def test_passages_are_read_one_by_one_until_it_is_enough() -> None:
+    read = [passage(f"fact number {number}", document=f"{number}.txt", score=1 - number / 10) for number in range(5)]
+    texts = [one.chunk.text for one in read]
+    odds = dict(zip(texts, [-1.0, 3.0, 5.0, 9.0, 9.0], strict=True))  # not a log-probability, but the reader's to say
+    model = ByPassage(odds, dict.fromkeys(texts, "number"))
+    found = qa.answer("facts?", lambda _, k: read, model, enough=0.99, abstain_below=0.0)
+    assert model.prompts == texts[:3]
+    assert [len(step["read"]) for step in found.steps] == [1, 1, 1]  # type: ignore[arg-type]
+    assert [step["stop"] for step in found.steps] == [False, False, True]
+    assert [step["retrieve"] for step in found.steps] == [True, False, False]
+    assert found.tokens["positions"] == 9
+    assert found.answerable_probability == pytest.approx(0.9933, abs=1e-3)
+    # the surest comes first, and passages that say the same are cited behind it
+    assert [one.document for one in found.citations] == ["2.txt", "1.txt", "0.txt"]
+
+
+def test_a_passage_that_cannot_be_it_is_not_read_but_the_first_is() -> None:
+    read = [passage("first", score=1.0), passage("far behind", score=0.2), passage("close behind", score=0.9)]
+    answers = {"first": "first", "far behind": "far", "close behind": "close"}
+    model = ByPassage(dict.fromkeys(answers, -3.0), answers)
+    found = qa.answer("which?", lambda _, k: read, model, abstain_below=0.0)
+    assert model.prompts == ["first", "close behind"]
+    assert found.answer == "first"
+    assert qa.answer("which?", lambda _, k: read, model, abstain_below=0.9).abstained
+
+
+@given(st.lists(st.tuples(st.floats(-8, 8), st.floats(0, 1)), min_size=1, max_size=6), st.floats(0, 1))
+def test_the_answer_is_of_the_surest_passage_that_was_read(given_: list[tuple[float, float]], enough: float) -> None:
+    read = [passage(f"p{number}", document=f"{number}", score=score) for number, (_, score) in enumerate(given_)]
+    read.sort(key=lambda one: -one.score)
+    odds = {f"p{number}": odd for number, (odd, _) in enumerate(given_)}
+    model = ByPassage(odds, {text: text for text in odds})
+    found = qa.answer("which?", lambda _, k: read, model, enough=enough, abstain_below=0.0)
+    assert model.prompts[0] == read[0].chunk.text
+    assert odds[found.answer] == max(odds[text] for text in model.prompts)
+    likely = [answerability.probability(model.answerability, {"span": odds[text]}) for text in model.prompts]
+    assert all(one < enough for one in likely[:-1])

@@ -44,7 +44,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def reader(checkpoint: Path) -> MemoryReader:
-    made = MemoryReader(checkpoint, name="tiny", device="cpu")
+    made = MemoryReader(checkpoint, name="tiny", device="cpu", rounded=False)
     made.model.float()
     return made
 
@@ -130,6 +130,8 @@ def test_a_checkpoint_is_told_from_other_models(checkpoint: Path, tmp_path: Path
 
 def test_damaged_weights_of_the_probability_are_named(checkpoint: Path) -> None:
     place = checkpoint / "answerability.json"
+    place.write_text('{"weights": {"bias": 1, "empty": -1}, "prior": {"bias": 2}}')
+    assert MemoryReader(checkpoint, name="tiny", device="cpu").prior == {"bias": 2.0}
     place.write_text("{}")
     try:
         with pytest.raises(CorruptError, match="l2m eval calibrate"):
