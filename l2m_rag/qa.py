@@ -159,7 +159,7 @@ def answer(
     passages: int = 8,
     budget: int = 768,
     focus: int = 3,
-    enough: float = 0.7,
+    enough: float = 0.8,
     closeness: Closeness | None = None,
     abstain_below: float = 0.5,
     free: bool = False,
