@@ -18,10 +18,10 @@ def test_products_are_as_near_as_the_bits_allow(rows: int, width: int, out: int,
     linear, x = nn.Linear(width, out, bias=False), scale * torch.randn(2, rows, width)
     wanted, found = linear(x), Int8Linear(linear)(x)
     assert found.shape == wanted.shape
-    # inputs have 127 steps and are off by one at most, as their zero is rounded too; weights have 254, off by half one
+    # inputs have 127 steps and are off by two at most (scale and zero are rounded); weights have 254, off by half
     weight, reach = linear.weight.abs(), float(x.max().clamp(min=0) - x.min().clamp(max=0))
     bound = reach / 127 * weight.sum(1) + weight.amax(1) / 254 * x.abs().sum(-1, keepdim=True)
-    assert bool(((found - wanted).abs() <= 1.5 * bound + 1e-6).all())
+    assert bool(((found - wanted).abs() <= 2.5 * bound + 1e-6).all())
 
 
 def test_layers_are_chosen_by_name_and_those_with_a_bias_stay() -> None:

@@ -49,6 +49,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {name: weight.detach() for name, weight in load_model(folder / "model").named_parameters()}
 
 
+@pytest.mark.timeout(900)  # 80 s alone on two slow cores, several times that beside other work
 def test_the_tiny_recipe_learns_to_recall_and_the_same_model_without_memory_does_not(tmp_path: Path) -> None:
     recipe = load_recipe(ROOT / "recipes" / "tiny.toml")
     assert recipe.train.segments == (8,)
