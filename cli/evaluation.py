@@ -164,8 +164,8 @@ def language(
     from transformers import AutoTokenizer
 
     from l2m_rag import checkpoint, language_eval, tasks
-    from l2m_rag.backbone import load_backbone, locate
-    from l2m_rag.models import reader_folder
+    from l2m_rag.backbone import load_backbone
+    from l2m_rag.models import backbone_of, reader_folder
     from l2m_rag.reading import paragraphs
 
     settings = settings_of(ctx, model=model)
@@ -173,7 +173,7 @@ def language(
     folder = reader_folder(settings.model)
     if folder is None:
         raise UsageError(f"{settings.model!r} is no trained reader; name the folder of a checkpoint with --model")
-    source, place = locate(checkpoint.source_of(folder)), tasks.data_folder(data)
+    source, place = backbone_of(folder, settings), tasks.data_folder(data)
     reader = checkpoint.load_model(folder, merged=True, source=source)
     models = {"backbone": load_backbone(source, reader.config.depth), "reader": reader.backbone}
     with _told(shows_progress(ctx, as_json)) as told:

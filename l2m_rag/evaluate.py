@@ -334,6 +334,10 @@ def calibrate(sets: Sequence[tuple[Collection, Sequence[Task]]], *, told: Told |
     Each question is asked with its document in reach and with it kept from the search; the label is whether a passage
     that was read holds a gold answer and comes from the document.
 
+    Args:
+        sets: questions, each with the collection that is asked.
+        told: called after each search.
+
     Returns:
         The weights, and how they were fitted, as `answerability.json` holds them.
     """
@@ -342,22 +346,19 @@ def calibrate(sets: Sequence[tuple[Collection, Sequence[Task]]], *, told: Told |
     points: list[dict[str, float]] = []
     priors: list[dict[str, float]] = []
     labels: list[int] = []
-    jobs = [
-        (collection, task, where)
-        for collection, tasks in sets
-        for task in tasks
-        if task.document and task.answers
-        for where in (None, _without(task))
-    ]
-    for number, (collection, task, where) in enumerate(jobs, 1):
-        settings = collection.settings
-        model = load_language_model(settings)
+    jobs: list[tuple[Collection, qa.Reader, Task, str | None]] = []
+    for collection, tasks in sets:
+        model = load_language_model(collection.settings)
         if not isinstance(model, qa.Reader):
             raise UsageError("the probability is fitted with a model that can quote; leave out --llm-url")
-        read, _ = qa.within(collection.search(task.question, settings.passages, where=where), model, settings.budget)
-        asked = qa.cut_question(task.question, model, settings.budget)
+        asked_of = [task for task in tasks if task.document and task.answers]
+        jobs += [(collection, model, task, where) for task in asked_of for where in (None, _without(task))]
+    for number, (collection, reader, task, where) in enumerate(jobs, 1):
+        settings = collection.settings
+        read, _ = qa.within(collection.search(task.question, settings.passages, where=where), reader, settings.budget)
+        asked = qa.cut_question(task.question, reader, settings.budget)
         sizes = {"budget": settings.budget, "focus": settings.focus}
-        for found in qa.findings(asked, read, model, **sizes, closeness=collection.closeness, skip=0.0):
+        for found in qa.findings(asked, read, reader, **sizes, closeness=collection.closeness, skip=0.0):
             points.append(found.features)
             priors.append(found.prior)
             labels.append(int(any(_holds(task, passage) for passage in found.passages)))

@@ -240,7 +240,7 @@ class L2M(nn.Module):
 
         Pooled at `stored_ratio` and without gradient, as nothing flows back through a disk.
         """
-        pooled = self.pooler(picked.values, picked.lengths, self.config.stored_ratio)[0].detach()
+        pooled = self.pooler(picked.values.detach(), picked.lengths, self.config.stored_ratio)[0].detach()
         pooled = nn.functional.pad(pooled, (0, 0, 0, picked.values.shape[2] - pooled.shape[2]))
         return picked._replace(
             values=torch.where(far[..., None, None], pooled, picked.values),

@@ -31,12 +31,16 @@ def load_language_model(settings: Settings) -> MemoryReader | Decoder | Endpoint
         return _load_decoder(str(find(DEFAULT_DECODER, settings)), DEFAULT_DECODER, settings.threads)
     folder = reader_folder(settings.model)
     if folder is not None:
-        from l2m_rag.checkpoint import source_of
-
-        named = source_of(folder)
-        source = str(find(DEFAULT_DECODER, settings)) if named == "default" else named
-        return _load_reader(folder, source, settings.model, settings.threads)
+        return _load_reader(folder, backbone_of(folder, settings), settings.model, settings.threads)
     return _load_decoder(settings.model, settings.model, settings.threads)
+
+
+def backbone_of(folder: Path, settings: Settings) -> str:
+    """Give where the backbone of a checkpoint lies: a folder or a hub id, the default one below the settings' home."""
+    from l2m_rag.checkpoint import source_of
+
+    named = source_of(folder)
+    return str(find(DEFAULT_DECODER, settings)) if named == "default" else named
 
 
 def reader_folder(model: str) -> Path | None:

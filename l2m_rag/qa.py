@@ -351,7 +351,7 @@ def findings(
         ranked = rank_sentences(question, read, closeness)
         places = [(sentence.passage, sentence.start, sentence.end) for sentence in ranked[:focus]]
         if places:
-            yield _found(question, read, ranked, places[::-1], reader, read[0].score)
+            yield _found(question, read, ranked, places[::-1], reader, prior_features(read[0], read[0].score))
         return
     for number, passage in enumerate(read):
         prior = prior_features(passage, read[0].score)
@@ -360,7 +360,7 @@ def findings(
         whole = len(reader.cut(passage.chunk.text, budget))
         ranked = rank_sentences(question, [passage], None)
         if ranked:
-            yield _found(question, [passage], ranked, [(0, 0, whole)], reader, read[0].score)
+            yield _found(question, [passage], ranked, [(0, 0, whole)], reader, prior)
 
 
 def _found(
@@ -369,7 +369,7 @@ def _found(
     ranked: Sequence[Sentence],
     places: Sequence[tuple[int, int, int]],
     reader: Reader,
-    best: float,
+    prior: dict[str, float],
 ) -> Finding:
     """Read (number of the passage, start, end) of some places, in their order."""
     quoted = reader.quote(question, [read[number].chunk.text[low:high] for number, low, high in places])
@@ -378,7 +378,6 @@ def _found(
         number, shift, _ = places[span.passage]
         moved = replace(span, passage=number, start=span.start + shift, end=span.end + shift)
         spans.append((moved, read[number]))
-    prior = prior_features(read[0], best)
     return Finding(read, spans, quoted, {**prior, **evidence_features(read, ranked, quoted)}, prior)
 
 
