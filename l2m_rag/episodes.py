@@ -49,6 +49,9 @@ class TaskRecipe:
         clozes: passages that cloze questions are made of.
         row: most tokens of passages and all their questions together; reading.
         unanswerable: about how many questions for each with an answer are asked where there is none; reading.
+        twisted: also ask questions that were changed so that their own passage does not answer them, and passages of
+            which the evidence was taken out (`l2m_rag.unanswerable`); reading.
+        together: most passages of a row; the reader that answers by default reads one at a time.
         ratios: at which passages are read, one drawn for each batch; reading.
         rebuild: share of steps in which passages, of `noise` where it is named, are written back from pooled states.
         cached: most bytes of lower states that are kept between batches; reading on a CPU.
@@ -69,6 +72,8 @@ class TaskRecipe:
     clozes: int = 3000
     row: int = 768
     unanswerable: float = 0.25
+    twisted: bool = False
+    together: int = 4
     ratios: tuple[int, ...] = (1,)
     rebuild: float = 0.0
     cached: int = 0

@@ -12,12 +12,19 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
 from l2m_rag import answerability
 from l2m_rag.config import LONGEST_QUESTION
 from l2m_rag.errors import UsageError
+from l2m_rag.evidence import (
+    Closeness,
+    Sentence,
+    evidence_features,
+    prior_features,
+    rank_sentences,
+    sentences,
+)
 from l2m_rag.generate import milliseconds
 from l2m_rag.memory_tiers.records import Passage
 from l2m_rag.spans import Quoted, Span
@@ -29,14 +36,7 @@ _SYSTEM_FREE = (
 )
 _REFUSAL = re.compile(r"\b(?:cannot|can't|can not|unable to) answer\b", re.IGNORECASE)
 _WORD = re.compile(r"\w+")
-_BORDER = re.compile(r"(?<=[.!?])[ \t]+|\s*\n\s*|(?<=[。！？])")  # noqa: RUF001
-_WRAPPED = 60  # characters from which on a line may be one of a wrapped paragraph
-_MARKS = tuple("-*•#|+>")
 _HOPELESS = 0.03  # probability of holding the answer below which a passage is not worth reading
-
-
-Closeness = Callable[[str, Sequence[str]], Sequence[float]]
-"""Gives the cosine of a question with each of some texts."""
 
 
 class Speller(Protocol):
@@ -149,6 +149,7 @@ class _Draft:
     first: float  # on the monotonic clock
     read: Sequence[Sequence[Passage]] = ()  # at each step
     positions: int = 0  # that they took
+    ratio: int = 1  # tokens that each stands for
 
 
 def answer(
@@ -207,7 +208,7 @@ def answer(
         abstained=draft.kind == "none",
         answerable_probability=round(draft.probability, 4),
         citations=draft.citations,
-        steps=_steps(hits, draft.read or [read]),
+        steps=_steps(hits, draft.read or [read], draft.ratio),
         timings={
             "retrieve_ms": retrieved,
             "first_token_ms": round((draft.first - began) * 1000, 1),
@@ -217,7 +218,7 @@ def answer(
     )
 
 
-def _steps(hits: Sequence[Passage], read: Sequence[Sequence[Passage]]) -> list[dict[str, object]]:
+def _steps(hits: Sequence[Passage], read: Sequence[Sequence[Passage]], ratio: int) -> list[dict[str, object]]:
     """Give the trace of an answer: what was found at first, and what was read at each step."""
     return [
         {
@@ -225,7 +226,7 @@ def _steps(hits: Sequence[Passage], read: Sequence[Sequence[Passage]]) -> list[d
             "retrieve": not number,
             "tier": "long-term",
             "query_top": [] if number else [hit.chunk.id for hit in hits],
-            "read": [{"chunk_id": one.chunk.id, "resolution": "1:1"} for one in passages],
+            "read": [{"chunk_id": one.chunk.id, "resolution": f"{ratio}:1"} for one in passages],
             "evicted": [],
             "stop": number == len(read) - 1,
         }
@@ -264,52 +265,12 @@ def within(hits: Sequence[Passage], model: Speller, budget: int) -> tuple[list[P
 
 
 @dataclass(frozen=True, slots=True)
-class Sentence:
-    """A sentence of a passage that was read, and how well it fits the question.
-
-    Args:
-        passage: number of the passage, from 0 for the best.
-        start: character offset in the passage.
-        end: offset just behind it.
-        cosine: of question and sentence; 0 without an embedder.
-        covered: share of the question's longer words that stand in it, in [0, 1].
-        fit: what sentences are ranked by.
-    """
-
-    passage: int
-    start: int
-    end: int
-    cosine: float
-    covered: float
-    fit: float
-
-
-def rank_sentences(question: str, read: Sequence[Passage], closeness: Closeness | None) -> list[Sentence]:
-    """Give the sentences of the passages, the one that fits the question best first.
-
-    Their fit adds the cosine, half the share of the question's words, and 0.3 times how far the passage's score lies
-    below the best one's. On 190 questions of SQuAD's training set over 7,912 passages the answer stood in the first
-    sentence for 78 %, in the first three for 95 % (docs/decisions/0004-sentences.md).
-    """
-    places = [(number, *span) for number, passage in enumerate(read) for span in sentences(passage.chunk.text)]
-    texts = [read[number].chunk.text[low:high] for number, low, high in places]
-    cosines = closeness(question, texts) if closeness and texts else [0.0] * len(texts)
-    words = _long_words(question)
-    found = []
-    for (number, low, high), text, cosine in zip(places, texts, cosines, strict=True):
-        covered = _covered(words, text)
-        fit = cosine + 0.5 * covered + 0.3 * (read[number].score - read[0].score)
-        found.append(Sentence(number, low, high, cosine, covered, fit))
-    return sorted(found, key=lambda sentence: -sentence.fit)
-
-
-@dataclass(frozen=True, slots=True)
 class Finding:
     """What a reader found in passages that it read together.
 
     Args:
         passages: that were read.
-        spans: the likeliest ones, best first, each with its passage; offsets are those in the passage.
+        spans: the likeliest ones, best first, each with its passage; offsets are those in it.
         quoted: all that the reader said.
         features: of the probability that the passages hold an answer.
         prior: the same before they were read.
@@ -393,7 +354,9 @@ def _quote(
 ) -> _Draft:
     """Answer with the likeliest span, unless the passages are not likely to hold an answer."""
     tried: list[tuple[float, Finding]] = []
-    for finding in findings(question, read, reader, budget=budget, focus=focus, closeness=closeness):
+    sizes = {"budget": budget, "focus": focus}
+    skip = _HOPELESS if enough < 1 else 0.0  # 1 is to read all
+    for finding in findings(question, read, reader, **sizes, closeness=closeness, skip=skip):
         probability = answerability.probability(reader.answerability, finding.features)
         tried.append((probability, finding))
         if probability >= enough:
@@ -401,9 +364,11 @@ def _quote(
     steps = [finding.passages for _, finding in tried]
     prompt = sum(finding.quoted.prompt for _, finding in tried)
     positions = sum(finding.quoted.recalled for _, finding in tried)
+    ratio = max((finding.quoted.ratio for _, finding in tried), default=1)
     tried = sorted((entry for entry in tried if entry[1].spans), key=lambda entry: -entry[0])
+    none = _Draft("", "none", 0.0, [], prompt, 0, time.monotonic(), steps, positions, ratio)
     if not tried:
-        return _Draft("", "none", 0.0, [], prompt, 0, time.monotonic(), steps, positions)
+        return none
     probability, finding = tried[0]
     top = finding.spans[0][0].score
     # the same words at several places: the passage that the search likes best is cited first
@@ -411,9 +376,9 @@ def _quote(
     text = _text(*equal[0])
     equal += [other.spans[0] for _, other in tried[1:] if _text(*other.spans[0]) == text]
     if probability < abstain_below:
-        return _Draft("", "none", probability, [], prompt, equal[0][0].tokens, time.monotonic(), steps, positions)
-    cited = _numbered(equal[:3])
-    return _Draft(text, "span", probability, cited, prompt, equal[0][0].tokens, time.monotonic(), steps, positions)
+        return replace(none, probability=probability, generated=equal[0][0].tokens)
+    cited, generated = _numbered(equal[:3]), equal[0][0].tokens
+    return replace(none, text=text, kind="span", probability=probability, citations=cited, generated=generated)
 
 
 def _write(
@@ -493,60 +458,3 @@ def _support(text: str, read: Sequence[Passage]) -> list[tuple[Span, Passage]]:
             found.append((share + (number in named), Span(number, best[1], best[2], math.log(share), 0), passage))
     found.sort(key=lambda entry: -entry[0])
     return [(span, passage) for _, span, passage in found[:3]]
-
-
-def sentences(text: str) -> list[tuple[int, int]]:
-    """Give (start, end) of the sentences, list entries, headings and table rows of a text, in order.
-
-    A line break ends one where the line is short, ends like a sentence or is followed by a mark of lists or tables; a
-    long line goes on in the next one, as in text that was wrapped.
-    """
-    borders = [0]
-    for match in _BORDER.finditer(text):
-        line = text[text.rfind("\n", 0, match.start()) + 1 : match.start()]
-        wrapped = match[0].count("\n") == 1 and len(line) >= _WRAPPED and line[-1] not in ".!?:;|"
-        if "\n" in match[0] and wrapped and text[match.end() : match.end() + 1] not in _MARKS:
-            continue
-        borders.append(match.end())
-    borders.append(len(text))
-    trimmed = [(low, low + len(text[low:high].rstrip())) for low, high in pairwise(borders)]
-    return [(low, high) for low, high in trimmed if high > low]
-
-
-def _long_words(question: str) -> list[str]:
-    return [word.lower() for word in _WORD.findall(question) if len(word) > 3]
-
-
-def _covered(words: Sequence[str], text: str) -> float:
-    lower = text.lower()
-    return sum(word in lower for word in words) / max(len(words), 1)
-
-
-def evidence_features(read: Sequence[Passage], ranked: Sequence[Sentence], quoted: Quoted | None) -> dict[str, float]:
-    """Give what tells whether the passages hold an answer.
-
-    Args:
-        read: passages, best first; at least one.
-        ranked: their sentences, best first.
-        quoted: what a reader found; None when none was asked.
-    """
-    distinct = sorted({span.score for span in quoted.spans}, reverse=True) if quoted else []
-    found = {
-        "passage": max((passage.dense or 0.0 for passage in read), default=0.0),
-        "sentence": max((sentence.cosine for sentence in ranked), default=0.0),
-        "covered": max((sentence.covered for sentence in ranked), default=0.0),
-        "span": max(distinct[0], -20.0) if distinct else 0.0,
-        "margin": min(distinct[0] - distinct[1], 5.0) if len(distinct) > 1 else 0.0,
-    }
-    if quoted is not None and quoted.empty is not None:
-        found["empty"] = _log_odds(quoted.empty)
-    return found
-
-
-def prior_features(passage: Passage, best: float) -> dict[str, float]:
-    """Give what the search alone tells of whether a passage holds an answer; `best` is the score of the first one."""
-    return {"passage": passage.dense or 0.0, "behind": best - passage.score}
-
-
-def _log_odds(log_probability: float) -> float:
-    return max(-20.0, log_probability - math.log1p(-math.exp(min(log_probability, -1e-6))))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from l2m_rag.clozes import joined
 from l2m_rag.errors import ConfigError
 from l2m_rag.losses import IGNORED, Outcome, masked_mean
 from l2m_rag.model import L2M
@@ -67,6 +68,7 @@ class ReadingBatches:
         longest: tokens of a row, at most.
         passage: tokens of a passage, at most; longer ones are left out.
         unanswerable: about how many questions for each with an answer are asked where there is none.
+        together: most passages of a row.
         shares: share of the passages of each source that an epoch takes.
         rebuild: share of steps in which passages are to be written back instead of questions answered.
         texts: to be written back; the material's passages when there are none.
@@ -82,6 +84,7 @@ class ReadingBatches:
         longest: int = 768,
         passage: int = 320,
         unanswerable: float = 0.25,
+        together: int = 4,
         shares: dict[str, float] | None = None,
         rebuild: float = 0.0,
         texts: Sequence[str] = (),
@@ -90,7 +93,7 @@ class ReadingBatches:
         self.material, self.batch, self.longest, self.seed = material, batch, longest, seed
         self.shares, self.rebuild = shares, rebuild
         self._again = _ids(tokenizer, [REBUILD])[0]
-        self.unanswerable = unanswerable
+        self.unanswerable, self.together = unanswerable, together
         self.end = int(tokenizer.eos_token_id)
         self._passages = _ids(tokenizer, material.passages)
         self._texts = [ids for ids in _ids(tokenizer, texts) or self._passages if len(ids) >= _SHORTEST]
@@ -132,6 +135,7 @@ class ReadingBatches:
                 costs=self._costs,
                 longest=self.longest,
                 unanswerable=self.unanswerable,
+                most_passages=self.together,
                 shares=self.shares,
             )
             self._held = number, batches_of(made, self.tokens, self.batch, self.longest, draw)
@@ -310,15 +314,7 @@ def load_material(path: Path, data: Path, sources: Sequence[str], clozes: int, s
 
 def paragraphs(books: Path, seed: int, *, words: int = 110, most: int = 8000) -> list[str]:
     """Give texts of about so many words, consecutive sentences of the books in a folder, drawn from all of them."""
-    found: list[str] = []
-    held: list[str] = []
-    size = 0
-    for sentence in noise_sentences(books, at_least=4, count=lambda text: len(text.split())):
-        held.append(sentence)
-        size += len(sentence.split())
-        if size >= words:
-            found.append(" ".join(held))
-            held, size = [], 0
+    found = list(joined(noise_sentences(books, at_least=4, count=lambda text: len(text.split())), words))
     return random.Random(seed).sample(found, min(most, len(found)))
 
 

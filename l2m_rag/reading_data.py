@@ -18,6 +18,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from l2m_rag.clozes import Triple, lists, texts_of
+from l2m_rag.clozes import clozes as make_clozes
 from l2m_rag.errors import CorruptError, UsageError
 from l2m_rag.indexers.chunking import Tokenizer, split
 from l2m_rag.memory_tiers.records import Parsed
@@ -30,8 +32,8 @@ EVALUATION = (
 """Files of the data folder that nothing may be learnt from."""
 
 SOURCES = (
-    "squad", "qed", "qamr", "tweetqa", "fairytaleqa", "ropes", "narrativeqa", "timeqa", "covidqa", "cloze", "stories",
-    "dialogue",
+    "squad", "qed", "qamr", "tweetqa", "fairytaleqa", "ropes", "narrativeqa", "timeqa", "covidqa", "cloze", "lists",
+    "books", "meetings", "papers", "stories", "dialogue",
 )  # fmt: skip
 _FILES = {
     "squad": "squad/squad11_train_subset",
@@ -43,11 +45,10 @@ _FILES = {
     "narrativeqa": "narrativeqa_sub/summaries_subset",
 }
 _DOCUMENTS = {"timeqa": ("timeqa/docs", "timeqa/qa_train"), "covidqa": ("covidqa/docs", "covidqa/qa")}
-_WIKI = ("wiki_passages/2wiki_corpus", "wiki_passages/hotpot_corpus")
+_CLOZES = {"cloze": "wiki", "books": "books", "meetings": "meetings", "papers": "papers"}
 _GRAM = 13  # words that two texts must share to count as the same, the usual measure of contamination
 _LONGEST_ANSWER = 100  # characters
 _NEAR = 8
-_NAME = re.compile(r"\b(?:[A-Z][\w'’.-]*\w(?: (?:of|the|de|and) (?=[A-Z])| (?=[A-Z]))?){1,5}|\b\d[\d,.]*\d\b")  # noqa: RUF001
 
 
 class Encoder(Protocol):
@@ -59,7 +60,7 @@ class Encoder(Protocol):
 
 
 class Question(NamedTuple):
-    """A question and its answer, which stands in the passage as it is written."""
+    """A question and its answer, which stands in the passage as it is written; "" where the passage holds none."""
 
     passage: int
     text: str
@@ -131,11 +132,11 @@ class Seen:
 
     def __init__(self, texts: Iterable[str], questions: Iterable[str]) -> None:
         self._grams = {gram for text in texts for gram in _grams(text)}
-        self._questions = {_bare(question) for question in questions}
+        self._questions = {bare(question) for question in questions}
 
     def holds(self, text: str, question: str = "") -> bool:
         """Say whether a passage or a question is one of them."""
-        return (bool(question) and _bare(question) in self._questions) or any(
+        return (bool(question) and bare(question) in self._questions) or any(
             gram in self._grams for gram in _grams(text)
         )
 
@@ -168,12 +169,13 @@ def _parts(one: Any) -> list[Any]:
     return [part for part in one if not isinstance(part, str) or len(part) > 80] if isinstance(one, list) else [one]
 
 
-def _bare(text: str) -> str:
+def bare(text: str) -> str:
+    """Give the words of a text in small letters, and nothing between them."""
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
 def _grams(text: str) -> Iterator[int]:
-    words = _bare(text).split()
+    words = bare(text).split()
     for at in range(max(1, len(words) - _GRAM + 1)) if len(words) >= _GRAM // 2 else ():
         yield hash(tuple(words[at : at + _GRAM]))
 
@@ -196,7 +198,7 @@ def gather(
         sources: which of `SOURCES`.
         embedder: says what is near.
         tokenizer: long documents are cut into chunks by.
-        clozes: passages that cloze questions are made of, and stories and conversations that are drawn.
+        clozes: passages of each kind that cloze questions are made of; stories and conversations that are drawn.
         seed: of what is drawn.
         told: called with what is being done.
 
@@ -223,7 +225,9 @@ def gather(
         elif source == "dialogue":
             triples = _dialogues(_drawn(data / "sgd/train.jsonl.zst", clozes, seed))
         else:
-            triples = _clozes(data, clozes, random.Random(seed))
+            draw = random.Random(seed)
+            texts = texts_of(_CLOZES.get(source, "wiki"), data, draw, clozes)
+            triples = lists(texts, draw) if source == "lists" else make_clozes(texts, draw)
         clean: dict[str, bool] = {}
         for passage, question, answer in triples:
             if passage not in clean:
@@ -239,9 +243,6 @@ def gather(
     told(f"comparing {len(texts)} passages and {len(questions)} questions")
     near, lures = _near(texts, questions, embedder)
     return Material(texts, found, questions, near, lures)
-
-
-Triple = tuple[str, str, str]
 
 
 def _plain(path: Path) -> Iterator[Triple]:
@@ -301,26 +302,6 @@ def _dialogues(held: Iterable[dict[str, Any]]) -> Iterator[Triple]:
                     yield told, f"What {name.replace('_', ' ')} was settled on?", value
 
 
-def _clozes(data: Path, most: int, draw: random.Random) -> Iterator[Triple]:
-    """Give sentences with a name or number left out, asked of the passage: with the sentence in it, or taken out.
-
-    It is taken out (an inverse cloze) where the name stands elsewhere in the passage too, so that the rest must tell.
-    """
-    texts = [row["text"] for name in _WIKI for row in rows(data / f"{name}.jsonl.zst") if len(row["text"]) > 200]
-    draw.shuffle(texts)
-    for text in texts[:most]:
-        sentences = [one for one in re.split(r"(?<=[.!?]) +", text) if 40 < len(one) < 240]
-        draw.shuffle(sentences)
-        for sentence in sentences[:3]:
-            names = [match for match in _NAME.finditer(sentence) if match.start() and len(match[0]) > 2]
-            if not names:
-                continue
-            name = draw.choice(names)
-            asked = f"Fill in the blank: {sentence[: name.start()]}____{sentence[name.end() :]}"
-            rest = " ".join(text.replace(sentence, " ").split())
-            yield (rest if name[0] in rest and len(rest) > 120 else text), asked, name[0]
-
-
 def _near(texts: list[str], questions: list[Question], embedder: Encoder) -> tuple[list[list[int]], list[list[int]]]:
     vectors = np.asarray(embedder.encode(texts), np.float32)
     asked = np.asarray(embedder.encode([question.text for question in questions]), np.float32)
@@ -335,7 +316,7 @@ def _near(texts: list[str], questions: list[Question], embedder: Encoder) -> tup
         meant = block @ asked.T
         for at, candidates in enumerate(_best(meant, 4 * _NEAR)):
             own = [number for number in candidates if owner[number] != first + at]
-            lures.append([number for number in own if _bare(questions[number].answer) not in _bare(texts[first + at])])
+            lures.append([number for number in own if bare(questions[number].answer) not in bare(texts[first + at])])
     return near, lures
 
 
@@ -391,14 +372,12 @@ def rows_of(
         asked: list[tuple[int, bool]] = []
         for passage in taken:
             if passage not in used:
-                own = material.asked[passage]
+                own = [number for number in material.asked[passage] if material.questions[number].answer]
                 asked += [(number, True) for number in draw.sample(own, min(per_passage, len(own)))]
-        used.update(taken)
         wrong = unanswerable * len(asked)
         count = int(wrong) + (draw.random() < wrong % 1)
-        lures = _lures(material, taken)
-        draw.shuffle(lures)
-        asked += [(number, False) for number in lures[:count]]
+        asked += [(number, False) for number in _wrong(material, taken, used, count, draw)]
+        used.update(taken)
         draw.shuffle(asked)
         kept = []
         for number, right in asked:
@@ -411,14 +390,31 @@ def rows_of(
     return made
 
 
+def _wrong(material: Material, taken: Sequence[int], used: set[int], count: int, draw: random.Random) -> list[int]:
+    """Give so many questions without an answer: half of the passages' own, where there are as many, and lures."""
+    own = [
+        number
+        for passage in taken
+        if passage not in used
+        for number in material.asked[passage]
+        if not material.questions[number].answer
+    ]
+    lures = _lures(material, taken)
+    draw.shuffle(own)
+    draw.shuffle(lures)
+    first = -(-count // 2)
+    return (own[:first] + lures + own[first:])[:count]
+
+
 def _lures(material: Material, taken: Sequence[int]) -> list[int]:
     """Give questions that the passages seem to answer, but whose answer stands in none of them."""
-    texts = [_bare(material.passages[passage]) for passage in taken]
+    texts = [bare(material.passages[passage]) for passage in taken]
     found: dict[int, None] = {}
     for passage in taken:
         for number in material.lures[passage][: 2 * _NEAR]:
             question = material.questions[number]
-            if question.passage not in taken and not any(_bare(question.answer) in text for text in texts):
+            elsewhere = question.answer and question.passage not in taken
+            if elsewhere and not any(bare(question.answer) in text for text in texts):
                 found[number] = None
     return list(found)
 

@@ -63,12 +63,14 @@ class Quoted:
         empty: log-probability that the passages hold no answer; None from a model that was not trained to say so.
         prompt: tokens that were read as text.
         recalled: positions that were read as states.
+        ratio: tokens that each of them stands for.
     """
 
     spans: list[Span]
     empty: float | None
     prompt: int
     recalled: int = 0
+    ratio: int = 1
 
 
 @dataclass(slots=True)

@@ -281,14 +281,18 @@ def _work(recipe: Recipe, model: L2M, tokenizer: Any, folder: Path) -> tuple[Any
     task, plan = recipe.task, recipe.train
     if task.kind == "reading":
         from l2m_rag.reading import ReadingBatches, ReadingLoss, load_material, paragraphs
+        from l2m_rag.unanswerable import harder
 
         material = load_material(folder / "material.json", Path(task.data), task.sources, task.clozes, plan.seed)
+        if task.twisted:
+            material = harder(material, seed=plan.seed)
         batches = ReadingBatches(
             material,
             tokenizer,
             batch=plan.batch,
             longest=task.row,
             unanswerable=task.unanswerable,
+            together=task.together,
             shares=dict(zip(task.sources, task.shares, strict=False)),
             rebuild=task.rebuild,
             texts=paragraphs(Path(task.noise), plan.seed) if task.noise and task.rebuild else (),

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from l2m_rag import answerability, qa
+from l2m_rag import answerability, evidence, qa
 from l2m_rag.config import LONGEST_QUESTION
 from l2m_rag.errors import UsageError
 from l2m_rag.indexers.chunking import split
@@ -235,7 +235,7 @@ def test_sentences_cover_the_text_and_wrapped_lines_go_on() -> None:
         "# Heading\nShort line\n- an entry\n- another one\n\nThis line is so long that it was wrapped by whoever wrote "
         "it down\nand it goes on here. A new one!  And 3.5 more.\na | b\nc | d"
     )
-    found = [text[start:end] for start, end in qa.sentences(text)]
+    found = [text[start:end] for start, end in evidence.sentences(text)]
     assert found == [
         "# Heading",
         "Short line",
@@ -251,7 +251,7 @@ def test_sentences_cover_the_text_and_wrapped_lines_go_on() -> None:
 
 @given(st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(" \n\t.!?。|-")), max_size=200))
 def test_sentences_lose_nothing_but_white_space(text: str) -> None:
-    found = qa.sentences(text)
+    found = evidence.sentences(text)
     assert all(start < end for start, end in found)
     assert [bound for pair in found for bound in pair] == sorted(bound for pair in found for bound in pair)
     inside = set().union(*(range(start, end) for start, end in found)) if found else set()
@@ -267,7 +267,7 @@ def test_the_sentence_that_shares_meaning_and_words_comes_first() -> None:
     def closeness(question: str, texts: Sequence[str]) -> list[float]:
         return [0.6 if "900" in text else 0.1 for text in texts]
 
-    ranked = qa.rank_sentences("How much is the deposit?", read, closeness)
+    ranked = evidence.rank_sentences("How much is the deposit?", read, closeness)
     first = ranked[0]
     assert read[first.passage].chunk.text[first.start : first.end] == "The deposit is 900 euros."
     assert [sentence.fit for sentence in ranked] == sorted((s.fit for s in ranked), reverse=True)
@@ -323,6 +323,9 @@ def test_a_passage_that_cannot_be_it_is_not_read_but_the_first_is() -> None:
     assert model.prompts == ["first", "close behind"]
     assert found.answer == "first"
     assert qa.answer("which?", lambda _, k: read, model, abstain_below=0.9).abstained
+    model.prompts.clear()
+    qa.answer("which?", lambda _, k: read, model, enough=1.0)
+    assert model.prompts == ["first", "far behind", "close behind"]  # 1 is to read everything
 
 
 @given(st.lists(st.tuples(st.floats(-8, 8), st.floats(0, 1)), min_size=1, max_size=6), st.floats(0, 1))

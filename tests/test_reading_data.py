@@ -113,6 +113,34 @@ def test_clozes_ask_for_a_name_that_the_passage_holds(tmp_path: Path) -> None:
         assert before not in made.passages[question.passage] or not before
 
 
+def test_names_are_left_out_of_books_meetings_and_papers_and_lists_as_a_whole(tmp_path: Path) -> None:
+    told = "Later that day the captain showed Miss Ada Byron the engine room of the ship, as she had asked. " * 6
+    write(tmp_path / "books/some.jsonl.zst", {"text": told})
+    turns = [
+        ["Chair", "So {disfmarker} we saw the draft of Ada Byron , did n't we ?"],
+        ["Clerk", told],
+        ["Chair", told],
+    ]
+    write(tmp_path / "qmsum/train.jsonl.zst", {"turns": turns})
+    write(tmp_path / "qmsum/val.jsonl.zst", {"turns": turns[1:]})
+    write(tmp_path / "pubmedqa/pqal_dev.jsonl.zst", {"contexts": [told, told]})
+    write(tmp_path / "covidqa/docs.jsonl.zst", {"text": told, "doc_id": "1"})
+    made = gather(tmp_path, ["books", "meetings", "papers"], Words(), Words())
+    assert set(made.sources) == {"books", "meetings", "papers"}
+    assert {one.answer for one in made.questions} <= {"Miss Ada Byron", "Ada Byron"}
+    assert any(text.startswith("Chair: So we saw the draft of Ada Byron, didn't we? Clerk:") for text in made.passages)
+    wiki = (
+        "The house was built for a merchant in 1843. In its garden grow roses, lilies, and old oaks, which the town "
+        "looks after. It was sold in the end to Ada Byron, Charles Babbage and the Royal Society, who live in it now."
+    )
+    for name in ("2wiki_corpus", "hotpot_corpus"):
+        write(tmp_path / f"wiki_passages/{name}.jsonl.zst", {"title": "x", "text": wiki})
+    (question,) = {*gather(tmp_path, ["lists"], Words(), Words()).questions}
+    assert question.answer == "Ada Byron, Charles Babbage and the Royal Society"
+    with pytest.raises(UsageError, match="cannot read"):
+        gather(tmp_path / "books", ["papers"], Words(), Words())
+
+
 def test_the_answer_of_a_lure_stands_in_none_of_the_passages(tmp_path: Path) -> None:
     texts = [f"{LONG} Entry {number}. {OTHER if number % 2 else ''}" for number in range(8)]
     write(
