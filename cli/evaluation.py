@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -99,6 +100,9 @@ def qa(
     gold: Annotated[bool, typer.Option("--gold", help="Also measure reading of the document with the answer.")] = False,
     gold_only: Annotated[bool, typer.Option("--gold-only", help="Measure that alone, without own search.")] = False,
     answerable: Annotated[bool, typer.Option("--answerable", help="Ask only what has an answer; no AUROC.")] = False,
+    beside: Annotated[
+        bool, typer.Option("--beside", help="Also measure every passage, the first alone, a beginning.")
+    ] = False,
     free: Annotated[bool, typer.Option("--free", help="Let the model use its own words.")] = False,
     model: ModelOption = None,
     llm_url: UrlOption = None,
@@ -117,6 +121,7 @@ def qa(
     each question again with its document kept from the search.
     """
     from l2m_rag import evaluate
+    from l2m_rag.models import load_language_model
 
     settings = settings_of(ctx, collection=collection, model=model, llm_url=llm_url)
     fetch(ctx, settings, as_json=as_json, decoder=True)
@@ -140,6 +145,16 @@ def qa(
                 )
                 for way in ways
             ]
+            if beside:
+                asking: dict[str, Any] = {"unanswerable": not answerable, "free": free, "told": told}
+                for way, changes in evaluate.BESIDE.items():
+                    other = evaluate.changed(asked, changes)
+                    rows.append(evaluate.answers(other, chosen, gold=ways[-1], way=way, **asking))
+                if suite == "long":
+                    cut = partial(load_language_model(settings).cut, tokens=settings.budget)
+                    short = evaluate.beginnings(tasks, cut)
+                    other = evaluate.collection_of(short, settings)
+                    rows.append(evaluate.answers(other, chosen, gold=True, way="cut to the window", **asking))
         if suite is not None and not as_json:
             output.say(one)
         _say_rows([asdict(row) for row in rows], tasks.name, as_json)
@@ -197,7 +212,7 @@ def calibrate(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write the weights (JSON).")],
     names: Annotated[
         str, typer.Option("--set", metavar="NAME,...", help="Question sets, of those that may be trained on.")
-    ] = "multispanqa,timeqa-valid",
+    ] = "multispanqa,timeqa-valid,selqa",
     data: DataOption = None,
     n: Annotated[int, typer.Option("-n", min=1, metavar="N", help="Take N questions of each, by chance.")] = 60,
     model: ModelOption = None,

@@ -126,6 +126,9 @@ class Settings:
     enough: float = 0.8
     """Probability of holding the answer from which on the trained reader reads no more passages; 1 reads all."""
 
+    resolution: int = 1
+    """Tokens of a passage that one position stands for when it is read: 1, 4 or 16; a reader must have learnt it."""
+
     threads: int = 0
     """CPU threads; 0 for all."""
 
@@ -280,6 +283,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "budget": _at_least(1),
     "focus": _at_least(1),
     "enough": (lambda p: 0 <= p <= 1, "between 0 and 1"),
+    "resolution": (lambda ratio: ratio in (1, 4, 16), "1, 4 or 16"),
     "threads": _at_least(0),
     "abstain_below": (lambda p: 0 <= p <= 1, "between 0 and 1"),
 }

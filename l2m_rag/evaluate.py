@@ -14,8 +14,8 @@ import string
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from l2m_rag.errors import MissingExtraError, UsageError
 from l2m_rag.memory_tiers.records import Passage
 from l2m_rag.models import load_language_model
 from l2m_rag.tasks import Task, TaskSet
+from l2m_rag.unanswerable import twisted
 
 if TYPE_CHECKING:
     from l2m_rag.config import Settings
@@ -41,8 +42,15 @@ RETRIEVALS: tuple[tuple[str, Mode, Fusion], ...] = (
     ("hybrid, reciprocal rank", "hybrid", "rrf"),
     ("hybrid (default)", "hybrid", "scores"),
 )
+BESIDE: dict[str, dict[str, Any]] = {
+    "every passage that fits": {"enough": 1.0},
+    "the first passage alone": {"passages": 1},
+}
+"""What the shipped way is measured beside, over the same search, as settings: with `enough` 1 no passage is skipped."""
 _DEPTH = 10
 _RESAMPLES = 1000  # of the bootstrap
+_TWISTED = 2  # changed questions for each, at most
+_LONG = 5000  # characters
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
@@ -76,7 +84,7 @@ class QARow:
     """How well questions are answered; shares in [0, 1], each with the half-width of its 95 % interval in `half`.
 
     Args:
-        evidence: "gold document" or "own search".
+        evidence: "gold document" or "own search", and what else was changed.
         questions: answerable questions.
         em: exact match after SQuAD's normalisation, answering always.
         f1: token F1, answering always.
@@ -215,11 +223,24 @@ Outcomes = dict[tuple[Task, str | None], _Outcome]
 """What was asked already, by question and filter of the search."""
 
 
+def changed(collection: Collection, settings: dict[str, Any]) -> Collection:
+    """Give a collection that is asked with other settings."""
+    return Collection(collection.name, collection.path, replace(collection.settings, **settings))
+
+
+def beginnings(tasks: TaskSet, cut: Callable[[str], str]) -> TaskSet:
+    """Give a set whose documents are cut to what fits a window, to measure what a search is for."""
+    return replace(
+        tasks, name=f"{tasks.name}-cut", documents={name: cut(text) for name, text in tasks.documents.items()}
+    )
+
+
 def answers(
     collection: Collection,
     tasks: Sequence[Task],
     *,
     gold: bool,
+    way: str = "",
     free: bool = False,
     unanswerable: bool = True,
     known: Outcomes | None = None,
@@ -235,6 +256,7 @@ def answers(
         collection: holds the tasks' documents.
         tasks: with answers, and a document each where the gold document is to be read.
         gold: read the document that holds the answer, instead of what the search finds.
+        way: what is said of the settings in the row.
         free: let the model use its own words.
         unanswerable: ask those too; without them there is no AUROC.
         known: outcomes of another way over the same collection; what is asked in both is asked once. It is added to.
@@ -258,7 +280,8 @@ def answers(
         if told:
             told(number, len(jobs))
     threshold = collection.settings.abstain_below
-    return _qa_row("gold document" if gold else "own search", outcomes, len(positive), threshold)
+    evidence = "gold document" if gold else "own search"
+    return _qa_row(f"{evidence}, {way}" if way else evidence, outcomes, len(positive), threshold)
 
 
 def _only(task: Task) -> str | None:
@@ -331,8 +354,9 @@ def _qa_row(evidence: str, outcomes: Sequence[_Outcome], positive: int, threshol
 def calibrate(sets: Sequence[tuple[Collection, Sequence[Task]]], *, told: Told | None = None) -> dict[str, object]:
     """Fit the weights of the probability that there is an answer: logistic regression over the evidence's features.
 
-    Each question is asked with its document in reach and with it kept from the search; the label is whether a passage
-    that was read holds a gold answer and comes from the document.
+    Each question is asked with its document in reach, with it kept from the search, and of the document alone changed
+    so that it does not answer it (`l2m_rag.unanswerable`), up to twice; the label is whether a passage that was read
+    holds a gold answer and comes from the document.
 
     Args:
         sets: questions, each with the collection that is asked.
@@ -353,6 +377,14 @@ def calibrate(sets: Sequence[tuple[Collection, Sequence[Task]]], *, told: Told |
             raise UsageError("the probability is fitted with a model that can quote; leave out --llm-url")
         asked_of = [task for task in tasks if task.document and task.answers]
         jobs += [(collection, model, task, where) for task in asked_of for where in (None, _without(task))]
+        for task in asked_of:
+            passage = collection.text(task.document)
+            if len(passage) > _LONG:  # it may answer what was changed, too
+                continue
+            made = {twisted(task.question, passage, task.answers[0], random.Random(seed)) for seed in range(_TWISTED)}
+            for text in sorted(text for text in made if text):
+                none = Task(task.id, text, (), task.document, answerable=False)
+                jobs.append((collection, model, none, _only(task)))
     for number, (collection, reader, task, where) in enumerate(jobs, 1):
         settings = collection.settings
         read, _ = qa.within(collection.search(task.question, settings.passages, where=where), reader, settings.budget)
@@ -369,7 +401,7 @@ def calibrate(sets: Sequence[tuple[Collection, Sequence[Task]]], *, told: Told |
     return {
         "weights": weights,
         "prior": _fitted(priors, labels),
-        "fitted": f"{len(points)} readings for {len(jobs) // 2} questions; {sum(labels)} held the answer",
+        "fitted": f"{len(points)} readings for {len(jobs)} searches; {sum(labels)} held the answer",
         "auroc": round(auroc(labels, probabilities), 4),
     }
 

@@ -31,7 +31,8 @@ def load_language_model(settings: Settings) -> MemoryReader | Decoder | Endpoint
         return _load_decoder(str(find(DEFAULT_DECODER, settings)), DEFAULT_DECODER, settings.threads)
     folder = reader_folder(settings.model)
     if folder is not None:
-        return _load_reader(folder, backbone_of(folder, settings), settings.model, settings.threads)
+        source = backbone_of(folder, settings)
+        return _load_reader(folder, source, settings.model, settings.threads, settings.resolution)
     return _load_decoder(settings.model, settings.model, settings.threads)
 
 
@@ -62,10 +63,10 @@ def _load_embedder(source: str, name: str, threads: int) -> Embedder:
 
 
 @lru_cache(maxsize=2)
-def _load_reader(folder: Path, source: str, name: str, threads: int) -> MemoryReader:
+def _load_reader(folder: Path, source: str, name: str, threads: int, resolution: int) -> MemoryReader:
     from l2m_rag.reader import MemoryReader
 
-    return MemoryReader(folder, name=name, source=source, threads=threads)
+    return MemoryReader(folder, name=name, source=source, threads=threads, resolution=resolution)
 
 
 @lru_cache(maxsize=2)

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, DynamicCache
 from l2m_rag import answerability, int8
 from l2m_rag.backbone import locate
 from l2m_rag.checkpoint import load_model, source_of
+from l2m_rag.errors import UsageError
 from l2m_rag.generate import Decoder
 from l2m_rag.indexers.embedding import computes_bf16
 from l2m_rag.model import L2M
@@ -61,10 +62,11 @@ class MemoryReader:
         threads: CPU threads; 0 leaves torch's own choice.
         device: "cpu", "cuda", ...; None takes a GPU when there is one.
         hot_bytes: most bytes of passages' states that are kept.
+        resolution: tokens of a passage that each position stands for when it is read.
         rounded: whether linear layers are in int8; None for where it is quicker: CPUs without bf16 arithmetic.
 
     Raises:
-        L2MError: the checkpoint cannot be used.
+        L2MError: the checkpoint cannot be used, or has not learnt to read at such a resolution.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class MemoryReader:
         threads: int = 0,
         device: str | None = None,
         hot_bytes: int = _HOT_BYTES,
+        resolution: int = 1,
         rounded: bool | None = None,
     ) -> None:
         if threads:
@@ -85,6 +88,10 @@ class MemoryReader:
         bf16 = computes_bf16(self.device)
         dtype = torch.bfloat16 if bf16 else torch.float32
         self.model: L2M = load_model(folder, dtype=dtype, merged=True, source=source).to(self.device)
+        config = self.model.config
+        if resolution > 1 and (config.pooling != "learned" or resolution not in config.ratios):
+            raise UsageError(f"{name} has not learnt to read passages at {resolution}:1; set resolution to 1")
+        self.resolution = resolution
         if self.device == "cpu" and int8.available() and (not bf16 if rounded is None else rounded):
             int8.to_int8(self.model.backbone, but=_OUTLIERS)
         self._source = locate(source or source_of(folder))
@@ -122,16 +129,17 @@ class MemoryReader:
         return self._writer.reply(system, user, most=most)
 
     @torch.inference_mode()
-    def quote(self, question: str, passages: Sequence[str], *, ratios: Sequence[int] = (), best: int = 3) -> Quoted:
+    def quote(self, question: str, passages: Sequence[str], *, best: int = 3) -> Quoted:
         """Answer a question with spans of passages.
 
         Args:
             question: to be asked.
             passages: texts, in the order in which they are read; at least one.
-            ratios: at which each is read; all at 1:1 by default. Spans are sought in those at 1:1 only.
             best: at most this many different strings are given.
+
+        Passages are read at the reader's resolution; their spans are sought in the texts themselves.
         """
-        read = self.prefill(question, passages, ratios=ratios)
+        read = self.prefill(question, passages, ratios=[self.resolution] * len(passages))
         T, K, backbone = read.asked, read.recalled, self.model.backbone
         written = 0
 
@@ -146,9 +154,8 @@ class MemoryReader:
             written += len(tokens)
             return backbone.head(top)[0].float().log_softmax(-1)
 
-        fine = [text if not ratios or ratios[at] == 1 else "" for at, text in enumerate(passages)]
-        spans = self._finder.find(read.first, grow, fine, lead=" ", best=best, trained=True, power=0.0)
-        return Quoted(spans, float(read.first[self._end]), T, K)
+        spans = self._finder.find(read.first, grow, passages, lead=" ", best=best, trained=True, power=0.0)
+        return Quoted(spans, float(read.first[self._end]), T, K, self.resolution)
 
     @torch.inference_mode()
     def prefill(self, question: str, passages: Sequence[str], *, ratios: Sequence[int] = ()) -> Prefilled:

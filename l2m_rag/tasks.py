@@ -81,6 +81,7 @@ SETS = {
     "ropes": _Files(("ropes/dev.jsonl.zst",)),
     "covidqa": _Files(("covidqa/qa.jsonl.zst",), documents=("covidqa/docs.jsonl.zst",), train=True),
     "multispanqa": _Files(("multispanqa/dev.jsonl.zst",), train=True),  # to fit on: the reader learns nothing from it
+    "selqa": _Files(("selqa/dev_test.jsonl.zst",), distractors=_WIKI, train=True),  # as that
     # long documents, one at a time
     "cuad": _Files(("cuad/qa.jsonl.zst",), documents=("cuad/contracts.jsonl.zst",), part="evaluation"),
     "timeqa": _Files(("timeqa/qa_train.jsonl.zst",), documents=("timeqa/docs.jsonl.zst",), part="evaluation"),

@@ -97,6 +97,16 @@ def test_eval_retrieval_over_questions_of_the_user(l2m: Run, tmp_path: Path) -> 
     assert "RECALL_1" in table.stdout
 
 
+def test_eval_qa_beside_reading_less_and_more(l2m: Run, tmp_path: Path, language_model: Path) -> None:
+    line = {"question": "When does the lease end?", "context": "The lease ends in May.", "answers": ["May"]}
+    (tmp_path / "mine.jsonl").write_text(json.dumps(line) + "\n")
+    call = ("--quiet", "eval", "qa", "--questions", "mine.jsonl", "--beside", "--answerable")
+    value = found(l2m(*call, "--model", str(language_model), "--json"))
+    assert [row["evidence"] for row in value["rows"]] == [
+        "own search", "own search, every passage that fits", "own search, the first passage alone",
+    ]  # fmt: skip
+
+
 def test_eval_of_a_collection_that_is_not_there_is_exit_code_10(l2m: Run, tmp_path: Path) -> None:
     (tmp_path / "mine.jsonl").write_text('{"question": "Who?", "answers": ["Ada"]}\n')
     assert l2m("eval", "retrieval", "--questions", "mine.jsonl", "-c", "nowhere").exit_code == 10

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l2m_rag import evaluate, qa
+from l2m_rag import evaluate, evidence, qa
 from l2m_rag.collection import Collection
 from l2m_rag.config import Settings
 from l2m_rag.errors import UsageError
@@ -163,6 +163,18 @@ def test_what_was_asked_is_not_asked_again_and_the_unanswerable_can_be_left_out(
     assert few.f1 == 1.0
 
 
+def test_other_ways_are_asked_with_other_settings_and_named(tmp_path: Path) -> None:
+    made = Collection("c", tmp_path, Settings(home=tmp_path))
+    other = evaluate.changed(made, evaluate.BESIDE["every passage that fits"])
+    assert (other.path, other.settings.enough, made.settings.enough) == (made.path, 1.0, Settings().enough)
+    assert evaluate.changed(made, evaluate.BESIDE["the first passage alone"]).settings.passages == 1
+    oracle: Any = Oracle(lambda question, where: ("Ada", 0.9, 0))
+    row = evaluate.answers(oracle, [Task("1", "Who?", ("Ada",), "d")], gold=True, way="so")
+    assert row.evidence == "gold document, so"
+    short = evaluate.beginnings(TaskSet("s", {"d": "Ada wrote it."}, [Task("1", "Who?")]), lambda text: text[:3])
+    assert (short.name, short.documents, short.tasks) == ("s-cut", {"d": "Ada"}, [Task("1", "Who?")])
+
+
 def test_a_forged_quote_is_found() -> None:
     oracle: Any = Oracle(lambda question, where: ("Ada", 0.9, 0))
     oracle.kept = "Ada wrote it."
@@ -198,7 +210,7 @@ def test_the_shipped_weights_were_fitted_and_point_the_right_way() -> None:
     kept = json.loads((Path(qa.__file__).parent / "data" / "answerability.json").read_text())
     assert kept["fitted"] != "not yet"
     assert set(kept["weights"]) - {"bias"} == set(
-        qa.evidence_features([passage("a")], [], Quoted([Span(0, 0, 1, -1.0, 1)], None, 1))
+        evidence.evidence_features([passage("a")], [], Quoted([Span(0, 0, 1, -1.0, 1)], None, 1))
     )
 
 
@@ -224,21 +236,25 @@ class Sure:
 
 def test_the_probability_is_fitted_on_readings_with_and_without_the_document(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate, "load_language_model", lambda settings: Sure())
-    asked: list[str | None] = []
+    asked: list[tuple[str, str | None]] = []
 
     class Kept:
         settings = Settings()
         closeness = None
 
+        def text(self, document: str) -> str:
+            return "Ada wrote it."
+
         def search(self, question: str, k: int, *, where: str | None) -> list[Passage]:
-            asked.append(where)
+            asked.append((question, where))
             hits = [passage("d", "Ada wrote it."), passage("e", "Nobody knows."), passage("f", "Ada of another one.")]
-            return hits[1:] if where else hits
+            return {None: hits, "document <> 'd'": hits[1:], "document = 'd'": hits[:1]}[where]
 
     kept: Any = Kept()
-    found = evaluate.calibrate([(kept, [Task("1", "Who?", ("Ada",), "d"), Task("2", "When?", (), "d")])] * 2)
-    assert asked == [None, "document <> 'd'"] * 2
-    assert found["fitted"] == "10 readings for 2 questions; 2 held the answer"
+    found = evaluate.calibrate([(kept, [Task("1", "Who wrote first", ("Ada",), "d"), Task("2", "When?", (), "d")])] * 2)
+    whole, others, itself = None, "document <> 'd'", "document = 'd'"
+    assert asked == [("Who wrote first", whole), ("Who wrote first", others), ("Who wrote last", itself)] * 2
+    assert found["fitted"] == "12 readings for 6 searches; 2 held the answer"
     weights: Any = found["weights"]
     assert weights["empty"] < 0 < weights["span"]
     assert set(found["prior"]) == {"bias", "passage", "behind"}  # type: ignore[call-overload]

@@ -1,6 +1,7 @@
 """The trained reader: what it finds is what the model says of passages that enter it as states."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from l2m_rag.backbone import load_backbone
 from l2m_rag.checkpoint import add_lora, load_model, save_model, source_of
-from l2m_rag.errors import CorruptError, L2MError
+from l2m_rag.errors import CorruptError, L2MError, UsageError
 from l2m_rag.model import L2M
 from l2m_rag.model_config import L2MConfig
 from l2m_rag.models import reader_folder
@@ -138,3 +139,18 @@ def test_damaged_weights_of_the_probability_are_named(checkpoint: Path) -> None:
             MemoryReader(checkpoint, name="tiny", device="cpu")
     finally:
         place.unlink()
+
+
+def test_passages_are_read_pooled_by_a_reader_that_has_learnt_it(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"tiny has not learnt to read passages at 4:1"):
+        MemoryReader(checkpoint, name="tiny", device="cpu", resolution=4)
+    backbone = load_backbone(checkpoint.parent, 2, dtype=torch.float32)
+    backbone.requires_grad_(False)
+    save_model(L2M(backbone, replace(CONFIG, pooling="learned")), tmp_path, backbone={"source": str(checkpoint.parent)})
+    reader = MemoryReader(tmp_path, name="pooled", device="cpu", resolution=4)
+    found = reader.quote("who ran?", PASSAGES[:1])
+    assert (found.ratio, found.recalled) == (4, -(-reader.count(PASSAGES[0]) // 4))
+    assert {PASSAGES[0][span.start : span.end] for span in found.spans} - {""}
+    assert found != MemoryReader(tmp_path, name="pooled", device="cpu").quote("who ran?", PASSAGES[:1])
+    with pytest.raises(UsageError, match="8:1"):
+        MemoryReader(tmp_path, name="pooled", device="cpu", resolution=8)
