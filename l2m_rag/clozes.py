@@ -26,6 +26,7 @@ _LIST = re.compile(rf"(?<= )(?:{_ITEM}, ){{1,5}}{_ITEM},? (?:and|or) {_ITEM}(?= 
 _WIKI = ("wiki_passages/2wiki_corpus", "wiki_passages/hotpot_corpus")
 _SPOKEN = re.compile(r"\{\w+\} ?| (?=[,.?!']|n't\b)")  # marks of a transcript, and its spaces before a stop
 _WORDS = 110  # of a passage
+_LONGEST = 1400  # characters of a paragraph, about 320 tokens
 _FEWEST = 4  # words of a sentence
 _CLOZE = "Fill in the blank: {}____{}"
 
@@ -34,7 +35,7 @@ def texts_of(kind: str, data: Path, draw: random.Random, most: int) -> list[str]
     """Give at most so many passages of a kind, drawn from all of them.
 
     Args:
-        kind: "wiki", "books", "meetings" or "papers".
+        kind: "wiki", "encyclopedia" (those and the paragraphs of other sets), "books", "meetings" or "papers".
         data: folder of the data sets.
         draw: chance.
         most: passages.
@@ -44,6 +45,11 @@ def texts_of(kind: str, data: Path, draw: random.Random, most: int) -> list[str]
     """
     if kind == "wiki":
         found = [row["text"] for name in _WIKI for row in _rows(data, name)]
+    elif kind == "encyclopedia":
+        found = [row["text"] for name in _WIKI for row in _rows(data, name)]
+        found += [row["context"].partition(" -- ")[2] or row["context"] for row in _rows(data, "boolq/dev")]
+        found += [row["context"] for row in _rows(data, "selqa/dev_test")]
+        found = list(dict.fromkeys(text for text in found if len(text) < _LONGEST))
     elif kind == "books":
         found = list(joined(noise_sentences(data / "books", at_least=_FEWEST, count=lambda text: len(text.split()))))
     elif kind == "meetings":

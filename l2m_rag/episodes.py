@@ -51,6 +51,9 @@ class TaskRecipe:
         unanswerable: about how many questions for each with an answer are asked where there is none; reading.
         twisted: also ask questions that were changed so that their own passage does not answer them, and passages of
             which the evidence was taken out (`l2m_rag.unanswerable`); reading.
+        asks: learn to write questions instead (`l2m_rag.asking`); reading.
+        asker: folder of a checkpoint that learnt it; its questions are learnt from, beside the sources.
+        written: passages that it writes questions to.
         together: most passages of a row; the reader that answers by default reads one at a time.
         ratios: at which passages are read, one drawn for each batch; reading.
         rebuild: share of steps in which passages, of `noise` where it is named, are written back from pooled states.
@@ -73,6 +76,9 @@ class TaskRecipe:
     row: int = 768
     unanswerable: float = 0.25
     twisted: bool = False
+    asks: bool = False
+    asker: str = ""
+    written: int = 8000
     together: int = 4
     ratios: tuple[int, ...] = (1,)
     rebuild: float = 0.0

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from l2m_rag.clozes import joined
+from l2m_rag.clozes import Triple, joined
 from l2m_rag.errors import ConfigError
 from l2m_rag.losses import IGNORED, Outcome, masked_mean
 from l2m_rag.model import L2M
@@ -67,6 +67,7 @@ class ReadingBatches:
         batch: rows of a batch.
         longest: tokens of a row, at most.
         passage: tokens of a passage, at most; longer ones are left out.
+        answers: tokens of an answer, at most; questions with longer ones are left out.
         unanswerable: about how many questions for each with an answer are asked where there is none.
         together: most passages of a row.
         shares: share of the passages of each source that an epoch takes.
@@ -83,6 +84,7 @@ class ReadingBatches:
         batch: int,
         longest: int = 768,
         passage: int = 320,
+        answers: int = _LONGEST_ANSWER,
         unanswerable: float = 0.25,
         together: int = 4,
         shares: dict[str, float] | None = None,
@@ -103,9 +105,7 @@ class ReadingBatches:
         self._answers = [[*ids, self.end] for ids in _ids(tokenizer, [f" {one.answer}" for one in material.questions])]
         self._sizes = [len(ids) if len(ids) <= passage else longest for ids in self._passages]
         self._costs = [
-            len(asked) + len(answer) - 1
-            if len(asked) <= _LONGEST_QUESTION and len(answer) <= _LONGEST_ANSWER
-            else longest + 1
+            len(asked) + len(answer) - 1 if len(asked) <= _LONGEST_QUESTION and len(answer) <= answers else longest + 1
             for asked, answer in zip(self._questions, self._answers, strict=True)
         ]
         self._epochs: list[int] = [0]  # step at which each epoch begins
@@ -157,7 +157,7 @@ class ReadingBatches:
         most = self.longest // 3  # a passage is there twice, once pooled
         many = self.batch * max(1, self.longest // (2 * min(size, most)))
         chosen = [ids[:most] for ids in near[:many]]
-        return _laid([[ids] for ids in chosen], [[(self._again, [*ids, self.end])] for ids in chosen])
+        return laid([[ids] for ids in chosen], [[(self._again, [*ids, self.end])] for ids in chosen])
 
     def pack(self, made: Sequence[Row]) -> Readings:
         """Lay rows out as tensors."""
@@ -165,7 +165,7 @@ class ReadingBatches:
             [(self._questions[n], self._answers[n] if answered else [self.end]) for n, answered in row.questions]
             for row in made
         ]
-        return _laid([[self._passages[n] for n in row.passages] for row in made], answers)
+        return laid([[self._passages[n] for n in row.passages] for row in made], answers)
 
 
 class ReadingLoss(nn.Module):
@@ -184,8 +184,8 @@ class ReadingLoss(nn.Module):
 
     def forward(self, batch: Readings) -> Outcome:
         """Give the cross-entropy of the answers' tokens, and shares of answers that are right to the last token."""
-        again = bool((batch.told != IGNORED).sum(-1).max() > _LONGEST_ANSWER)
-        ratios = [ratio for ratio in self.ratios if ratio > 1 or not again] or [1]
+        again = max(self.ratios) > 1 and bool((batch.told != IGNORED).sum(-1).max() > _LONGEST_ANSWER)
+        ratios = [ratio for ratio in self.ratios if ratio > 1 or not again]
         ratio = ratios[int(torch.randint(len(ratios), ()))]
         logits, targets, owner = self.answers(batch, ratio)
         each = F.cross_entropy(logits, targets, reduction="none")
@@ -297,7 +297,9 @@ def as_picked(values: Tensor, tokens: Tensor, lengths: Tensor, ratio: Tensor) ->
     return Picked(values, keys, tokens, lengths, order, grain, ratio, order, grain < 0)
 
 
-def load_material(path: Path, data: Path, sources: Sequence[str], clozes: int, seed: int) -> Material:
+def load_material(
+    path: Path, data: Path, sources: Sequence[str], clozes: int, seed: int, *, asked: Iterable[Triple] = ()
+) -> Material:
     """Give the material that lies at a path, made anew when there is none."""
     if path.exists():
         return Material.load(path)
@@ -306,7 +308,7 @@ def load_material(path: Path, data: Path, sources: Sequence[str], clozes: int, s
     from l2m_rag.weights import DEFAULT_EMBEDDER, find
 
     embedder = Embedder(find(DEFAULT_EMBEDDER, load_settings({})[0]), name=DEFAULT_EMBEDDER)
-    made = gather(data, sources, embedder, embedder, clozes=clozes, seed=seed)
+    made = gather(data, sources, embedder, embedder, clozes=clozes, seed=seed, asked=asked)
     path.parent.mkdir(parents=True, exist_ok=True)
     made.save(path)
     return made
@@ -323,8 +325,8 @@ def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return found
 
 
-def _laid(passages: list[list[list[int]]], asked: list[list[tuple[list[int], list[int]]]]) -> Readings:
-    """Lay out the passages of each row, and (question, answer) of all that is asked of them."""
+def laid(passages: list[list[list[int]]], asked: list[list[tuple[list[int], list[int]]]]) -> Readings:
+    """Lay out the passages of each row, and (question, answer) of all that is asked of them; ids in lists."""
     whole, lengths = _stacked(passages, 0, _ROUND)
     tokens, real = _stacked([[question + answer[:-1] for question, answer in row] for row in asked], 0, 8)
     told = [[[IGNORED] * (len(question) - 1) + answer for question, answer in row] for row in asked]

@@ -45,6 +45,8 @@ _FILES = {
     "narrativeqa": "narrativeqa_sub/summaries_subset",
 }
 _DOCUMENTS = {"timeqa": ("timeqa/docs", "timeqa/qa_train"), "covidqa": ("covidqa/docs", "covidqa/qa")}
+ASKED = "asked"
+"""The source of questions that were written by a model (`l2m_rag.asking`)."""
 _CLOZES = {"cloze": "wiki", "books": "books", "meetings": "meetings", "papers": "papers"}
 _GRAM = 13  # words that two texts must share to count as the same, the usual measure of contamination
 _LONGEST_ANSWER = 100  # characters
@@ -189,6 +191,7 @@ def gather(
     *,
     clozes: int = 3000,
     seed: int = 0,
+    asked: Iterable[Triple] = (),
     told: Callable[[str], object] = lambda text: None,
 ) -> Material:
     """Read question sets and make cloze questions; see the module.
@@ -200,6 +203,7 @@ def gather(
         tokenizer: long documents are cut into chunks by.
         clozes: passages of each kind that cloze questions are made of; stories and conversations that are drawn.
         seed: of what is drawn.
+        asked: more questions, of the source "asked".
         told: called with what is being done.
 
     Raises:
@@ -213,21 +217,11 @@ def gather(
     passages: dict[str, int] = {}
     found: list[str] = []
     questions: list[Question] = []
-    for source in sources:
+    more = list(asked)
+    for source in [*sources, *([ASKED] if more else [])]:
         told(f"reading {source}")
         before = len(questions)
-        if source in _FILES:
-            triples = _plain(data / f"{_FILES[source]}.jsonl.zst")
-        elif source in _DOCUMENTS:
-            triples = _chunked(source, data, tokenizer)
-        elif source == "stories":
-            triples = _stories(_drawn(data / "babi/train.jsonl.zst", clozes, seed))
-        elif source == "dialogue":
-            triples = _dialogues(_drawn(data / "sgd/train.jsonl.zst", clozes, seed))
-        else:
-            draw = random.Random(seed)
-            texts = texts_of(_CLOZES.get(source, "wiki"), data, draw, clozes)
-            triples = lists(texts, draw) if source == "lists" else make_clozes(texts, draw)
+        triples = more if source == ASKED else _triples(source, data, tokenizer, clozes, seed)
         clean: dict[str, bool] = {}
         for passage, question, answer in triples:
             if passage not in clean:
@@ -243,6 +237,21 @@ def gather(
     told(f"comparing {len(texts)} passages and {len(questions)} questions")
     near, lures = _near(texts, questions, embedder)
     return Material(texts, found, questions, near, lures)
+
+
+def _triples(source: str, data: Path, tokenizer: Tokenizer, most: int, seed: int) -> Iterator[Triple]:
+    """Read or make the questions of a source."""
+    if source in _FILES:
+        return _plain(data / f"{_FILES[source]}.jsonl.zst")
+    if source in _DOCUMENTS:
+        return _chunked(source, data, tokenizer)
+    if source == "stories":
+        return _stories(_drawn(data / "babi/train.jsonl.zst", most, seed))
+    if source == "dialogue":
+        return _dialogues(_drawn(data / "sgd/train.jsonl.zst", most, seed))
+    draw = random.Random(seed)
+    texts = texts_of(_CLOZES.get(source, "wiki"), data, draw, most)
+    return lists(texts, draw) if source == "lists" else make_clozes(texts, draw)
 
 
 def _plain(path: Path) -> Iterator[Triple]:

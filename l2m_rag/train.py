@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import signal
 import time
 import tomllib
@@ -22,7 +23,8 @@ import torch
 from torch import nn
 
 from l2m_rag.backbone import Backbone, load_backbone, locate, tiny_backbone
-from l2m_rag.checkpoint import add_lora, put_weights, reader_at, save_model
+from l2m_rag.checkpoint import add_lora, load_model, put_weights, reader_at, save_model
+from l2m_rag.clozes import Triple, texts_of
 from l2m_rag.episodes import Batches, TaskRecipe
 from l2m_rag.errors import ConfigError, CorruptError, L2MError, MissingExtraError
 from l2m_rag.indexers.embedding import computes_bf16
@@ -280,10 +282,15 @@ def _work(recipe: Recipe, model: L2M, tokenizer: Any, folder: Path) -> tuple[Any
     """Give what makes the batches of a task, and the module that gives their loss."""
     task, plan = recipe.task, recipe.train
     if task.kind == "reading":
+        from l2m_rag.asking import LONGEST, to_ask
         from l2m_rag.reading import ReadingBatches, ReadingLoss, load_material, paragraphs
         from l2m_rag.unanswerable import harder
 
-        material = load_material(folder / "material.json", Path(task.data), task.sources, task.clozes, plan.seed)
+        path, data = folder / "material.json", Path(task.data)
+        asked = _asked(recipe, model, tokenizer, folder) if task.asker and not path.exists() else []
+        material = load_material(path, data, task.sources, task.clozes, plan.seed, asked=asked)
+        if task.asks:
+            material = to_ask(material)
         if task.twisted:
             material = harder(material, seed=plan.seed)
         batches = ReadingBatches(
@@ -291,7 +298,8 @@ def _work(recipe: Recipe, model: L2M, tokenizer: Any, folder: Path) -> tuple[Any
             tokenizer,
             batch=plan.batch,
             longest=task.row,
-            unanswerable=task.unanswerable,
+            **({"answers": LONGEST} if task.asks else {}),
+            unanswerable=0.0 if task.asks else task.unanswerable,
             together=task.together,
             shares=dict(zip(task.sources, task.shares, strict=False)),
             rebuild=task.rebuild,
@@ -301,6 +309,16 @@ def _work(recipe: Recipe, model: L2M, tokenizer: Any, folder: Path) -> tuple[Any
         return batches, ReadingLoss(model, ratios=task.ratios, cached=task.cached)
     made = Batches(task, plan.batch, recipe.model.segment_length, plan.seed, tokenizer)
     return made, EpisodeLoss(model, recipe.losses, hops=plan.hops, memory=plan.memory)
+
+
+def _asked(recipe: Recipe, reader: L2M, tokenizer: Any, folder: Path) -> list[Triple]:
+    """Give the questions that an asker writes and the reader that is trained on finds answered."""
+    from l2m_rag.asking import write
+
+    task, seed = recipe.task, recipe.train.seed
+    asker = load_model(Path(task.asker), dtype=reader.backbone.dtype, merged=True)
+    passages = texts_of("encyclopedia", Path(task.data), random.Random(seed), task.written)
+    return write(asker, reader, tokenizer, passages, folder / "asked.jsonl", seed=seed)
 
 
 class Masters:
