@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ _SEPARATOR = "\nQuestion:"
 _TASK = QUESTION.format(ASK)
 LONGEST = 72
 """Tokens of an answer with its question."""
-_TEMPERATURE = 0.9
+_TEMPERATURE = 0.7
 _NUCLEUS = 0.95
 _LIKELY = math.log(0.05)  # of the answer, to the reader of before
 _EMPTY = math.log(0.5)  # what it may give to there being none
@@ -71,6 +72,7 @@ def write(
     """
     order = sorted(range(len(passages)), key=lambda at: len(passages[at]))  # those of a batch are about as long
     batches = [order[first : first + batch] for first in range(0, len(order), batch)]
+    random.Random(seed).shuffle(batches)
     made = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as stream:

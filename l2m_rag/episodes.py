@@ -78,7 +78,7 @@ class TaskRecipe:
     twisted: bool = False
     asks: bool = False
     asker: str = ""
-    written: int = 8000
+    written: int = 4000
     together: int = 4
     ratios: tuple[int, ...] = (1,)
     rebuild: float = 0.0

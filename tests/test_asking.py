@@ -1,5 +1,6 @@
 """Questions that a model writes: drawn in batches as if alone, kept when a reader finds their answer, written once."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -120,10 +121,11 @@ def test_what_was_written_is_not_written_again(tmp_path: Path, monkeypatch: pyte
         return asking.write(nothing, nothing, nothing, texts, tmp_path / "run" / "asked.jsonl", batch=2)
 
     found = write(passages)
-    assert found == [(passage, "Who was it that wrote?", "Ada") for passage in passages]
-    assert tried == passages
+    assert sorted(found) == [(passage, "Who was it that wrote?", "Ada") for passage in passages]
+    assert sorted(tried) == passages
+    first = {passage for passage, _, _ in json.loads((tmp_path / "run" / "asked.jsonl").read_text().splitlines()[0])}
     lines = (tmp_path / "run" / "asked.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "run" / "asked.jsonl").write_text("".join(lines[:1]))
     tried.clear()
     assert write(passages) == found
-    assert tried == passages[2:]
+    assert sorted(tried) == sorted(set(passages) - first)
