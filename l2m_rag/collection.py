@@ -293,39 +293,16 @@ class Collection:
         Raises:
             CorruptError: the tables cannot be read at all.
         """
-        store = self._newest().store
-        rows = store.documents()
-        counts = store.chunks_per_document()
-        problems = [f"chunk {identity}: what is stored of it has been altered" for identity in store.damaged()]
-        problems += [
-            f"{name}: {counts.get(name, 0)} chunks are stored, {rows[name].chunks if name in rows else 0} are expected"
-            for name in _incomplete(rows, counts)
-        ]
-        return VerifyReport(not problems, problems, len(rows), sum(counts.values()))
+        tier = self._newest()
+        problems = tier.verify()
+        return VerifyReport(not problems, problems, len(tier.store.documents()), len(tier))
 
     def repair(self) -> list[str]:
         """Remove what `verify` finds wrong, so that the next ingest reads those documents again; say what was done."""
         from l2m_rag.memory_tiers.long_term import writing
 
-        done: list[str] = []
         with writing(self._existing()):
-            tier = self._newest()
-            damaged = tier.store.damaged()
-            if damaged:
-                tier.store.delete_chunks(damaged)
-                done.append(f"removed {len(damaged)} damaged chunks")
-            wrong = _incomplete(tier.store.documents(), tier.store.chunks_per_document())
-            if wrong:
-                tier.store.remove_documents(wrong)
-                done.append(
-                    f"removed {len(wrong)} incomplete documents; ingest again to bring them back: "
-                    + ", ".join(wrong[:5])
-                )
-            tier.store.rebuild_text_index()
-            shutil.rmtree(self.path / "hot", ignore_errors=True)
-            tier.hot_index()
-            done.append("built the search indexes again")
-        return done
+            return self._newest().repair()
 
     def optimize(self) -> dict[str, int]:
         """Merge small files, drop old versions and bring the indexes up to date; give the bytes before and after."""
@@ -334,9 +311,7 @@ class Collection:
         with writing(self._existing()):
             tier = self._newest()
             before = self.info().bytes
-            tier.store.optimize()
-            shutil.rmtree(self.path / "hot", ignore_errors=True)
-            tier.hot_index()
+            tier.compact()
         return {"bytes_before": before, "bytes_after": self.info().bytes}
 
     def migrate(self) -> str:
@@ -511,12 +486,6 @@ def import_collection(archive: Path, name: str, settings: Settings | None = None
         raise UsageError(f"there is a collection {name!r} already; delete it first or choose another name")
     restore_archive(archive, collection.path)
     return collection
-
-
-def _incomplete(rows: dict[str, DocumentRow], counts: dict[str, int]) -> list[str]:
-    """Give the documents of which other chunks are stored than their rows say."""
-    names = sorted(rows.keys() | counts.keys())
-    return [name for name in names if counts.get(name, 0) != (rows[name].chunks if name in rows else 0)]
 
 
 def _identity(file: Path) -> tuple[int, int] | None:

@@ -138,6 +138,15 @@ class HotIndex:
                 scores[here] = self._score(start + at[here], query)
         return scores
 
+    def holds(self, row_ids: RowIds) -> Mask:
+        """Say of each of some rows whether it is here and not deleted."""
+        here = np.zeros(len(row_ids), dtype=np.bool_)
+        for start, part in ((0, self.row_ids[: self.indexed]), (self.indexed, self.row_ids[self.indexed :])):
+            if len(part):
+                at = np.minimum(np.searchsorted(part, row_ids), len(part) - 1)
+                here |= (part[at] == row_ids) & self.alive[start + at]
+        return here
+
     @property
     def exact(self) -> bool:
         """Whether every row is looked at (no inverted lists)."""

@@ -181,6 +181,15 @@ class LanceStore:
             found += self._scan(["id"], f"document IN ({names})")["id"].to_pylist()
         return found
 
+    def present(self, ids: Sequence[str]) -> list[str]:
+        """Give those ids that are there."""
+        return [one for names in sql_lists(ids) for one in self._scan(["id"], f"id IN ({names})")["id"].to_pylist()]
+
+    def chunks_named(self, ids: Sequence[str]) -> list[Chunk]:
+        """Give the chunks of those ids that are there, in any order."""
+        tables = [self._scan(_CHUNK_COLUMNS, f"id IN ({names})") for names in sql_lists(ids)]
+        return [chunk_of(row) for table in tables for row in table.to_pylist()]
+
     def chunks_of(self, document: str) -> list[Chunk]:
         """Give the chunks of a document in the order of its text."""
         table = self._scan(_CHUNK_COLUMNS, f"document IN ({next(sql_lists([document]))})")
@@ -326,7 +335,8 @@ class LanceStore:
         """Delete chunks by id."""
         for names in sql_lists(ids):
             self._chunks.delete(f"id IN ({names})")
-        self._settle()
+        if ids:
+            self._settle()
 
     def to_arrow(self) -> dict[str, pa.Table]:
         """Give both tables whole, for an export."""
@@ -469,13 +479,22 @@ _METADATA = re.compile(
 )
 
 
+_BORDER = re.compile(
+    r"(?P<foreign>\w'|--|/\*|[;$`\\#])|(?P<quoted>'(?:[^']|'')*'|\"[^\"]*\")|[()]"
+)  # strings with escapes of their own, comments, and other quotes
+
+
 def to_sql(where: str) -> str:
     """Turn a filter of the user into Lance's SQL.
 
     Columns stand as they are (`document LIKE 'reports/%' AND page >= 3`); `metadata.KEY` looks into what the format
     told of the document, compared as text, number or truth value after the literal behind it
     (`metadata.author = 'Ada'`); by itself it is a truth value. A value of another type fits no comparison.
+
+    Raises:
+        UsageError: it is more than one condition, of which Lance would read the first and pass over the rest.
     """
+    _check_condition(where)
 
     def look_up(match: re.Match[str]) -> str:
         if match["quoted"]:
@@ -485,7 +504,18 @@ def to_sql(where: str) -> str:
             return f"TRY_CAST({text} AS BOOLEAN){match['operator'] or ''}"
         return (f"TRY_CAST({text} AS DOUBLE)" if match["number"] else text) + match["operator"]
 
-    return _METADATA.sub(look_up, where)
+    return f"({_METADATA.sub(look_up, where)})"  # in brackets, or Lance reads up to where it could end
+
+
+def _check_condition(where: str) -> None:
+    """Refuse what could end the brackets around a filter, or hide from us where they end."""
+    depth = 0
+    for match in _BORDER.finditer(where):
+        if match["quoted"]:
+            continue
+        depth += {"(": 1, ")": -1}.get(match[0], 0)
+        if match["foreign"] or depth < 0:
+            raise UsageError(f"--where {where!r} cannot be used: it must be one condition, and {match[0]!r} ends it")
 
 
 def chunk_of(row: dict[str, Any]) -> Chunk:

@@ -10,29 +10,33 @@ from __future__ import annotations
 import heapq
 import json
 import os
+import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from filelock import FileLock, Timeout
 
 from l2m_rag.errors import CollectionNotFound, CorruptError, IncompatibleError, LockedError, UsageError
 from l2m_rag.memory_tiers.hot_index import HotIndex, open_hot_index
-from l2m_rag.memory_tiers.lance_store import LanceStore, RowIds, Scores, Vector
-from l2m_rag.memory_tiers.records import Passage
+from l2m_rag.memory_tiers.lance_store import LanceStore, RowIds, Scores, Vector, Vectors
+from l2m_rag.memory_tiers.records import Chunk, DocumentRow, Passage
 
 Mode = Literal["hybrid", "dense", "text"]
 Fusion = Literal["scores", "rrf"]
 
 FORMAT = 1
-_CANDIDATES = 100  # rows that each half brings to the fusion
+CANDIDATES = 100
+"""Rows that each half brings to the fusion."""
 _LEXICAL_WEIGHT = 0.5  # of the scaled BM25 score beside the cosine
 _RRF_K = 60
+_UNIT = 1e-4  # by which a length may differ from 1 and count as 1
 _LONGEST_TEXT = 4000  # characters of a question that the full-text half looks at
 
 
@@ -53,6 +57,50 @@ class Manifest:
     dimension: int
     created_at: float
     format: int = FORMAT
+
+
+class Tier(Protocol):
+    """What every backend of the long-term tier can do with chunks; `tests/test_tier_contract.py` holds them to it."""
+
+    @property
+    def dimension(self) -> int:
+        """Of the embeddings."""
+
+    @property
+    def version(self) -> int:
+        """A number that every change raises."""
+
+    def __len__(self) -> int: ...
+
+    def add(self, chunks: Sequence[Chunk], vectors: Vectors) -> None:
+        """Insert chunks, or replace those whose id is there; they are found at once."""
+
+    def evict(self, ids: Sequence[str]) -> int:
+        """Delete chunks by id; give how many there were."""
+
+    def fetch(self, ids: Sequence[str]) -> list[Chunk]:
+        """Give the chunks of those ids that are there, in the order asked for."""
+
+    def search(
+        self,
+        text: str,
+        vector: Vector | None,
+        k: int,
+        *,
+        mode: Mode = "hybrid",
+        where: str | None = None,
+        fusion: Fusion = "scores",
+    ) -> list[Passage]:
+        """Give the k best passages for a question, best first, equal ones in the order in which they came in."""
+
+    def verify(self) -> list[str]:
+        """Give what is wrong with what is stored."""
+
+    def repair(self) -> list[str]:
+        """Remove what is wrong; say what was done."""
+
+    def compact(self) -> None:
+        """Give back the room of what was deleted."""
 
 
 class LongTermTier:
@@ -83,6 +131,105 @@ class LongTermTier:
             self._hot_version = version
         return self._hot
 
+    @property
+    def dimension(self) -> int:
+        """Of the embeddings."""
+        return self.manifest.dimension
+
+    @property
+    def version(self) -> int:
+        """Number of the last commit."""
+        self.store.refresh()
+        return self.store.version
+
+    def __len__(self) -> int:
+        self.store.refresh()
+        return self.store.count_chunks()
+
+    def add(self, chunks: Sequence[Chunk], vectors: Vectors) -> None:
+        """Insert chunks, or replace those whose id is there; they are found from now on, and on the disk.
+
+        Args:
+            chunks: with ids that differ.
+            vectors: (N, dimension) float32, finite and not zero; brought to unit length.
+
+        Raises:
+            UsageError: ids or vectors cannot be used; nothing was written.
+        """
+        self.store.add_chunks(chunks, checked(chunks, vectors, self.dimension))
+
+    def evict(self, ids: Sequence[str]) -> int:
+        """Delete chunks by id; give how many there were."""
+        self.store.refresh()
+        there = self.store.present(ids)
+        self.store.delete_chunks(there)
+        return len(there)
+
+    def fetch(self, ids: Sequence[str]) -> list[Chunk]:
+        """Give the chunks of those ids that are there, in the order asked for."""
+        self.store.refresh()
+        found = {chunk.id: chunk for chunk in self.store.chunks_named(ids)}
+        return [found[one] for one in ids if one in found]
+
+    def verify(self) -> list[str]:
+        """Check every stored row: checksums, and that documents and chunks add up; give what is wrong.
+
+        Raises:
+            CorruptError: the tables cannot be read at all.
+        """
+        self.store.refresh()
+        rows, counts = self.store.documents(), self.store.chunks_per_document()
+        problems = [f"chunk {one}: what is stored of it has been altered" for one in self.store.damaged()]
+        return problems + [
+            f"{name}: {counts.get(name, 0)} chunks are stored, {rows[name].chunks if name in rows else 0} are expected"
+            for name in _incomplete(rows, counts)
+        ]
+
+    def repair(self) -> list[str]:
+        """Remove what `verify` finds wrong, and make the indexes anew; say what was done."""
+        self.store.refresh()
+        done: list[str] = []
+        damaged = self.store.damaged()
+        if damaged:
+            self.store.delete_chunks(damaged)
+            done.append(f"removed {len(damaged)} damaged chunks")
+        wrong = _incomplete(self.store.documents(), self.store.chunks_per_document())
+        if wrong:
+            self.store.remove_documents(wrong)
+            done.append(
+                f"removed {len(wrong)} incomplete documents; ingest again to bring them back: " + ", ".join(wrong[:5])
+            )
+        self.store.rebuild_text_index()
+        self._index_anew()
+        return [*done, "built the search indexes again"]
+
+    def compact(self) -> None:
+        """Merge small files, drop versions older than an hour, and bring the indexes up to date."""
+        self.store.refresh()
+        self.store.optimize()
+        self.store.rebuild_text_index()  # which else goes on counting the words of rows that were deleted
+        self._index_anew()
+
+    def _worded(self, text: str, k: int, where: str | None, hot: HotIndex) -> tuple[RowIds, Scores]:
+        """Give the rows that the full-text index finds and that are there.
+
+        Once deleted rows have been taken out of the files, Lance's index with stable row ids gives them all the same.
+        """
+        asked = k
+        while True:
+            rows, scores = self.store.full_text(text, asked, where)
+            there = hot.holds(rows)
+            if len(rows) < asked or np.count_nonzero(there) >= k:
+                rows, scores = rows[there], scores[there]
+                order = np.lexsort((rows, -scores))[:k]  # Lance leaves the order of equals to chance
+                return rows[order], scores[order]
+            asked *= 2
+
+    def _index_anew(self) -> None:
+        shutil.rmtree(self.folder / "hot", ignore_errors=True)
+        self._hot = None
+        self.hot_index()
+
     def search(
         self,
         text: str,
@@ -106,20 +253,17 @@ class LongTermTier:
         Raises:
             UsageError: k, mode or the filter cannot be used.
         """
-        if k < 1:
-            raise UsageError(f"k ({k}) must be at least 1")
-        if mode not in ("hybrid", "dense", "text"):
-            raise UsageError(f"mode ({mode}) must be hybrid, dense or text")
+        check_query(vector, k, mode, self.manifest.dimension)
         hot = self.hot_index()
-        depth = max(k, _CANDIDATES) if mode == "hybrid" else k
+        depth = max(k, CANDIDATES) if mode == "hybrid" else k
         dense: tuple[RowIds, Scores] = (np.empty(0, np.int64), np.empty(0, np.float32))
         lexical = dense
         if mode != "text" and vector is not None:
             dense = hot.search(vector, depth, self.store.row_ids(where) if where else None)
         if mode != "dense" and any(letter.isalnum() for letter in text):
-            lexical = self.store.full_text(text[:_LONGEST_TEXT], depth, where)
+            lexical = self._worded(text[:_LONGEST_TEXT], depth, where, hot)
         cosines = hot.cosines(lexical[0], vector) if vector is not None else np.full(len(lexical[0]), np.nan)
-        ranked = _fuse(dense, lexical, cosines, fusion, k)
+        ranked = fuse(dense, lexical, cosines, fusion, k)
         rows = [candidate.row for candidate in ranked]
         chunks = hot.chunks.fetch(rows) if hot.chunks else {}
         missing = [row for row in rows if row not in chunks]  # written since, or no cache could be kept
@@ -129,17 +273,62 @@ class LongTermTier:
         ]
 
 
+def _incomplete(rows: dict[str, DocumentRow], counts: dict[str, int]) -> list[str]:
+    """Give the documents of which other chunks are stored than their rows say."""
+    names = sorted(rows.keys() | counts.keys())
+    return [name for name in names if counts.get(name, 0) != (rows[name].chunks if name in rows else 0)]
+
+
+def check_query(vector: Vector | None, k: int, mode: str, dimension: int) -> None:
+    """Check what is searched for.
+
+    Raises:
+        UsageError: k, mode or the vector cannot be used.
+    """
+    if k < 1:
+        raise UsageError(f"k ({k}) must be at least 1")
+    if mode not in ("hybrid", "dense", "text"):
+        raise UsageError(f"mode ({mode}) must be hybrid, dense or text")
+    if vector is not None and vector.shape != (dimension,):
+        raise UsageError(f"the vector to search for has the shape {vector.shape}; the tier holds {dimension}-d ones")
+    if vector is not None and not np.isfinite(vector).all():
+        raise UsageError("the vector to search for has entries that are not numbers")
+
+
+def checked(chunks: Sequence[Chunk], vectors: Vectors, dimension: int) -> Vectors:
+    """Give the vectors of chunks that are to be stored, at unit length.
+
+    Raises:
+        UsageError: there are not as many vectors as chunks, one has another dimension, is not finite or zero, or an id
+            comes twice.
+    """
+    flat = np.asarray(vectors, dtype=np.float32)
+    if flat.shape != (len(chunks), dimension):
+        raise UsageError(f"{len(chunks)} chunks need vectors of the shape {(len(chunks), dimension)}, not {flat.shape}")
+    twice = [one for one, often in Counter(chunk.id for chunk in chunks).items() if often > 1]
+    if twice:
+        raise UsageError(f"the id {twice[0]!r} comes more than once in one batch; give each chunk an id of its own")
+    lengths = np.linalg.norm(flat, axis=1, keepdims=True)
+    unusable = ~(np.isfinite(lengths) & (lengths > 0))[:, 0]
+    if unusable.any():
+        at = int(np.argmax(unusable))
+        raise UsageError(f"the vector of chunk {chunks[at].id!r} is zero or has entries that are not numbers")
+    return np.where(np.abs(lengths - 1) < _UNIT, flat, flat / lengths)
+
+
 @dataclass(frozen=True, slots=True)
-class _Candidate:
+class Candidate:
+    """A row on its way to being a passage; see `Passage`."""
+
     row: int
     score: float
     dense: float | None
     lexical: float | None
 
 
-def _fuse(
+def fuse(
     dense: tuple[RowIds, Scores], lexical: tuple[RowIds, Scores], cosines: Scores, fusion: Fusion, k: int
-) -> list[_Candidate]:
+) -> list[Candidate]:
     """Merge the two halves; ties go by row id, so that the order never depends on chance.
 
     Args:
@@ -165,7 +354,7 @@ def _fuse(
         return close.get(row, 0.0) + _LEXICAL_WEIGHT * worded.get(row, 0.0) / best
 
     ranked = heapq.nsmallest(k, ((-score(row), row) for row in close.keys() | worded.keys()))
-    return [_Candidate(row, -below, close.get(row), worded.get(row)) for below, row in ranked]
+    return [Candidate(row, -below, close.get(row), worded.get(row)) for below, row in ranked]
 
 
 def create_tier(folder: Path, manifest: Manifest) -> LongTermTier:
@@ -197,8 +386,6 @@ def _has_rows(tables: Path, dimension: int) -> bool:
 
 
 def _clear(folder: Path) -> None:
-    import shutil
-
     shutil.rmtree(folder)
 
 
