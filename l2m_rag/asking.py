@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from transformers import DynamicCache
 
 from l2m_rag.clozes import Triple
 from l2m_rag.model import L2M
-from l2m_rag.reading import QUESTION, ReadingLoss, as_picked, laid
+from l2m_rag.reading import QUESTION, ReadingLoss, as_picked, laid, token_ids
 from l2m_rag.reading_data import Material, bare
 
 ASK = "What can be asked about this?"
@@ -55,7 +55,6 @@ def write(
     each: int = 8,
     batch: int = 6,
     seed: int = 0,
-    told: Callable[[int], object] = lambda done: None,
 ) -> list[Triple]:
     """Write questions to passages and give those that are kept.
 
@@ -68,7 +67,6 @@ def write(
         each: questions tried of a passage.
         batch: passages at once.
         seed: of what is drawn.
-        told: called with the number of passages that are done.
     """
     order = sorted(range(len(passages)), key=lambda at: len(passages[at]))  # those of a batch are about as long
     batches = [order[first : first + batch] for first in range(0, len(order), batch)]
@@ -85,7 +83,6 @@ def write(
             made.append(consistent(reader, tokenizer, list(dict.fromkeys(tried))))
             stream.write(json.dumps(made[-1], ensure_ascii=False) + "\n")
             stream.flush()
-            told(min(len(passages), (number + 1) * batch))
     return [(passage, question, answer) for found in made for passage, question, answer in found]
 
 
@@ -102,8 +99,7 @@ def _read(passage: str, text: str) -> Iterator[Triple]:
 def written(asker: L2M, tokenizer: Any, passages: Sequence[str], each: int) -> list[str]:
     """Draw what the asker writes behind passages, `each` texts for the first, then `each` for the second, and so on."""
     backbone, end = asker.backbone, int(tokenizer.eos_token_id)
-    ids = tokenizer(list(passages), add_special_tokens=False)["input_ids"]
-    asked = torch.tensor([tokenizer(_TASK, add_special_tokens=False)["input_ids"]])
+    ids, asked = token_ids(tokenizer, passages), torch.tensor(token_ids(tokenizer, [_TASK]))
     B, T = len(ids), asked.shape[1]
     lengths = torch.tensor([[len(one)] for one in ids])
     tokens = torch.tensor([[*one, *[end] * (int(lengths.max()) - len(one))] for one in ids])
@@ -155,15 +151,11 @@ def consistent(reader: L2M, tokenizer: Any, triples: Sequence[Triple]) -> list[T
     rows: dict[str, list[int]] = {}
     for number, (passage, _, _) in enumerate(triples):
         rows.setdefault(passage, []).append(number)
-
-    def ids(texts: Sequence[str]) -> list[list[int]]:
-        found: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-        return found
-
-    questions = ids([QUESTION.format(question) for _, question, _ in triples])
-    answers = [[*one, end] for one in ids([f" {answer}" for _, _, answer in triples])]
+    questions = token_ids(tokenizer, [QUESTION.format(question) for _, question, _ in triples])
+    answers = [[*one, end] for one in token_ids(tokenizer, [f" {answer}" for _, _, answer in triples])]
     batch = laid(
-        [[one] for one in ids(list(rows))], [[(questions[n], answers[n]) for n in row] for row in rows.values()]
+        [[one] for one in token_ids(tokenizer, list(rows))],
+        [[(questions[n], answers[n]) for n in row] for row in rows.values()],
     )
     logits, targets, owner = ReadingLoss(reader).answers(batch, 1)
     scores = logits.log_softmax(-1)

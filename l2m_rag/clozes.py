@@ -43,13 +43,12 @@ def texts_of(kind: str, data: Path, draw: random.Random, most: int) -> list[str]
     Raises:
         UsageError: there are none in the folder.
     """
-    if kind == "wiki":
+    if kind in ("wiki", "encyclopedia"):
         found = [row["text"] for name in _WIKI for row in _rows(data, name)]
-    elif kind == "encyclopedia":
-        found = [row["text"] for name in _WIKI for row in _rows(data, name)]
-        found += [row["context"].partition(" -- ")[2] or row["context"] for row in _rows(data, "boolq/dev")]
-        found += [row["context"] for row in _rows(data, "selqa/dev_test")]
-        found = list(dict.fromkeys(text for text in found if len(text) < _LONGEST))
+        if kind == "encyclopedia":
+            found += [row["context"].partition(" -- ")[2] or row["context"] for row in _rows(data, "boolq/dev")]
+            found += [row["context"] for row in _rows(data, "selqa/dev_test")]
+            found = list(dict.fromkeys(text for text in found if len(text) < _LONGEST))
     elif kind == "books":
         found = list(joined(noise_sentences(data / "books", at_least=_FEWEST, count=lambda text: len(text.split()))))
     elif kind == "meetings":

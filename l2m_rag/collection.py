@@ -295,7 +295,7 @@ class Collection:
         """
         tier = self._newest()
         problems = tier.verify()
-        return VerifyReport(not problems, problems, len(tier.store.documents()), len(tier))
+        return VerifyReport(not problems, problems, tier.store.count_documents(), len(tier))
 
     def repair(self) -> list[str]:
         """Remove what `verify` finds wrong, so that the next ingest reads those documents again; say what was done."""

@@ -32,7 +32,8 @@ REBUILD = "\nThe text again:"
 """What a passage's own tokens follow when they are to be written back from its pooled states."""
 _ROUND = 32  # lengths are rounded up: a new shape costs the CPU's matrix library as much as several known ones
 _LONGEST_QUESTION = 64  # tokens
-_LONGEST_ANSWER = 32  # tokens
+LONGEST_ANSWER = 32
+"""Tokens of an answer, at most."""
 _SHORTEST = 40  # tokens of a passage that is worth writing back; more than an answer has, so the two are told apart
 
 
@@ -84,7 +85,7 @@ class ReadingBatches:
         batch: int,
         longest: int = 768,
         passage: int = 320,
-        answers: int = _LONGEST_ANSWER,
+        answers: int = LONGEST_ANSWER,
         unanswerable: float = 0.25,
         together: int = 4,
         shares: dict[str, float] | None = None,
@@ -94,15 +95,17 @@ class ReadingBatches:
     ) -> None:
         self.material, self.batch, self.longest, self.seed = material, batch, longest, seed
         self.shares, self.rebuild = shares, rebuild
-        self._again = _ids(tokenizer, [REBUILD])[0]
+        self._again = token_ids(tokenizer, [REBUILD])[0]
         self.unanswerable, self.together = unanswerable, together
         self.end = int(tokenizer.eos_token_id)
-        self._passages = _ids(tokenizer, material.passages)
-        self._texts = [ids for ids in _ids(tokenizer, texts) or self._passages if len(ids) >= _SHORTEST]
+        self._passages = token_ids(tokenizer, material.passages)
+        self._texts = [ids for ids in token_ids(tokenizer, texts) or self._passages if len(ids) >= _SHORTEST]
         if rebuild and not self._texts:
             raise ConfigError(f"task.rebuild ({rebuild}) needs texts of at least {_SHORTEST} tokens to write back")
-        self._questions = _ids(tokenizer, [QUESTION.format(one.text) for one in material.questions])
-        self._answers = [[*ids, self.end] for ids in _ids(tokenizer, [f" {one.answer}" for one in material.questions])]
+        self._questions = token_ids(tokenizer, [QUESTION.format(one.text) for one in material.questions])
+        self._answers = [
+            [*ids, self.end] for ids in token_ids(tokenizer, [f" {one.answer}" for one in material.questions])
+        ]
         self._sizes = [len(ids) if len(ids) <= passage else longest for ids in self._passages]
         self._costs = [
             len(asked) + len(answer) - 1 if len(asked) <= _LONGEST_QUESTION and len(answer) <= answers else longest + 1
@@ -184,7 +187,7 @@ class ReadingLoss(nn.Module):
 
     def forward(self, batch: Readings) -> Outcome:
         """Give the cross-entropy of the answers' tokens, and shares of answers that are right to the last token."""
-        again = max(self.ratios) > 1 and bool((batch.told != IGNORED).sum(-1).max() > _LONGEST_ANSWER)
+        again = max(self.ratios) > 1 and bool((batch.told != IGNORED).sum(-1).max() > LONGEST_ANSWER)
         ratios = [ratio for ratio in self.ratios if ratio > 1 or not again]
         ratio = ratios[int(torch.randint(len(ratios), ()))]
         logits, targets, owner = self.answers(batch, ratio)
@@ -320,7 +323,8 @@ def paragraphs(books: Path, seed: int, *, words: int = 110, most: int = 8000) ->
     return random.Random(seed).sample(found, min(most, len(found)))
 
 
-def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Give the tokens of each text, and nothing around them."""
     found: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
     return found
 

@@ -283,7 +283,7 @@ def _work(recipe: Recipe, model: L2M, tokenizer: Any, folder: Path) -> tuple[Any
     task, plan = recipe.task, recipe.train
     if task.kind == "reading":
         from l2m_rag.asking import LONGEST, to_ask
-        from l2m_rag.reading import ReadingBatches, ReadingLoss, load_material, paragraphs
+        from l2m_rag.reading import LONGEST_ANSWER, ReadingBatches, ReadingLoss, load_material, paragraphs
         from l2m_rag.unanswerable import harder
 
         path, data = folder / "material.json", Path(task.data)
@@ -298,7 +298,7 @@ def _work(recipe: Recipe, model: L2M, tokenizer: Any, folder: Path) -> tuple[Any
             tokenizer,
             batch=plan.batch,
             longest=task.row,
-            **({"answers": LONGEST} if task.asks else {}),
+            answers=LONGEST if task.asks else LONGEST_ANSWER,
             unanswerable=0.0 if task.asks else task.unanswerable,
             together=task.together,
             shares=dict(zip(task.sources, task.shares, strict=False)),

@@ -131,6 +131,10 @@ class LanceStore:
             rows = self._documents.to_arrow().select([field.name for field in fields(DocumentRow)]).to_pylist()
         return {row["id"]: DocumentRow(**row) for row in rows}
 
+    def count_documents(self) -> int:
+        """Give the number of document rows."""
+        return int(self._documents.count_rows())
+
     def put_documents(self, rows: Sequence[DocumentRow]) -> None:
         """Insert or replace document rows."""
         if rows:
