@@ -137,6 +137,7 @@ class Collection:
             load_embedder(self.settings)  # one that cannot be loaded leaves no folder
         with writing(self.path):
             tier = self.tier() if self.exists() else self._create()
+            tier.check_writable()
             tier.store.refresh()
             work = pipeline.plan(paths, tier.store, limits, glob=glob, prune=prune)
             return pipeline.ingest(self.name, work, tier, self._embedder, limits, progress)
@@ -316,10 +317,12 @@ class Collection:
 
     def migrate(self) -> str:
         """Bring the collection to the present format, and say what was done."""
-        from l2m_rag.memory_tiers.long_term import FORMAT
+        from l2m_rag.memory_tiers.long_term import FORMAT, migrate, writing
 
-        manifest = self.tier().manifest
-        return f"collection {self.name!r} has format {manifest.format}, the present one is {FORMAT}; nothing to do"
+        with writing(self._existing()):
+            before = migrate(self.path)
+        self._tier = None
+        return f"is in format {FORMAT} already" if before == FORMAT else f"was brought from format {before} to {FORMAT}"
 
     def export(self, path: Path) -> Path:
         """Write the collection to one archive, whole or not at all: a zip of Arrow files and JSON with checksums.

@@ -33,6 +33,7 @@ from lancedb.index import FTS
 from lancedb.query import MatchQuery
 
 from l2m_rag.errors import CorruptError, L2MError, UsageError
+from l2m_rag.memory_tiers.disk import Ledger
 from l2m_rag.memory_tiers.records import Chunk, DocumentRow, Scalar
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ _DOCUMENTS = pa.schema(
         ("settings", pa.string()),
         ("ingested_at", pa.float64()),
         ("error", pa.string()),
+        ("crc", pa.uint32()),
     ]
 )
 _TABLES = ("documents", "chunks")
@@ -101,15 +103,15 @@ class LanceStore:
         self._manifests: list[list[str]] | None = None  # names, as of the last refresh
         self.dimension = dimension
         self._database = connect(folder)
-        self._on_disk: set[str] = set()  # files that are known to have reached it
+        self._ledger = Ledger(folder)
         if create:
             for name, schema in zip(_TABLES, (_DOCUMENTS, _chunks_schema(dimension)), strict=True):
                 table = self._database.create_table(name, schema=schema)
                 table.set_unenforced_primary_key("id")
             _index_words(table)
-            self._settle()
+            self._ledger.settle()
         for name in _TABLES:
-            heal(folder / f"{name}.lance")
+            heal(folder / f"{name}.lance", self._ledger)
         try:
             self._documents: Any = self._database.open_table("documents")
             self._chunks: Any = self._database.open_table("chunks")
@@ -138,9 +140,9 @@ class LanceStore:
     def put_documents(self, rows: Sequence[DocumentRow]) -> None:
         """Insert or replace document rows."""
         if rows:
-            table = pa.Table.from_pylist([asdict(row) for row in rows], schema=_DOCUMENTS)
+            table = pa.Table.from_pylist([{**asdict(row), "crc": _row_crc(row)} for row in rows], schema=_DOCUMENTS)
             self._documents.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(table)
-            self._settle()
+            self._ledger.settle()
 
     def remove_documents(self, ids: Sequence[str]) -> None:
         """Delete documents and their chunks; the chunks first, so that a crash leaves the row that names them."""
@@ -148,7 +150,7 @@ class LanceStore:
             self._chunks.delete(f"document IN ({names})")
             self._documents.delete(f"id IN ({names})")
         if ids:
-            self._settle()
+            self._ledger.settle()
 
     # -- chunks ------------------------------------------------------------------------------------------------------
     def add_chunks(self, chunks: Sequence[Chunk], vectors: Vectors) -> None:
@@ -168,7 +170,7 @@ class LanceStore:
         }
         table = pa.table(columns, schema=_chunks_schema(self.dimension))
         self._chunks.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(table)
-        self._settle()
+        self._ledger.settle()
 
     def drop_stale_chunks(self, kept: Mapping[str, set[str]]) -> int:
         """Delete the chunks of documents that are not among the ids kept of each; give how many there were."""
@@ -231,9 +233,15 @@ class LanceStore:
         return _matrix(table["embedding"], self.dimension)[order[where]]
 
     def all_vectors(self) -> Iterator[tuple[RowIds, Vectors]]:
-        """Give (row ids, embeddings) of all chunks in batches."""
+        """Give (row ids, embeddings) of all chunks in batches, from files that are what was written.
+
+        Raises:
+            CorruptError: a file of the table has been altered.
+        """
         query = self._chunks.search().with_row_id(True).select(["embedding"])
         with self._reading():
+            if altered := self.altered_files("chunks"):
+                raise ValueError(f"{altered[0]} has been altered")
             for batch in query.to_batches(8192):
                 ids = batch.column("_rowid").to_numpy().astype(np.int64)
                 yield ids, _matrix(batch.column("embedding"), self.dimension)
@@ -308,7 +316,7 @@ class LanceStore:
         """Merge small files, drop versions older than an hour, and bring the full-text index up to date."""
         for table in (self._documents, self._chunks):
             table.optimize(cleanup_older_than=timedelta(hours=1))
-        self._settle()
+        self._ledger.settle()
 
     def index_text(self, unindexed: int = 100) -> None:
         """Bring the full-text index up to date when over `unindexed` rows are outside it (29 us each a query)."""
@@ -319,7 +327,7 @@ class LanceStore:
     def rebuild_text_index(self) -> None:
         """Make the full-text index anew."""
         _index_words(self._chunks)
-        self._settle()
+        self._ledger.settle()
 
     def damaged(self) -> list[str]:
         """Give the ids of chunks whose checksum does not fit their text and embedding."""
@@ -335,12 +343,43 @@ class LanceStore:
                         bad.append(row["id"])
         return bad
 
+    def damaged_documents(self) -> list[str]:
+        """Give the ids of document rows whose checksum does not fit; those of the first format have none."""
+        with self._reading():
+            rows = self._documents.to_arrow().to_pylist()
+        crcs = [row.pop("crc", None) for row in rows]
+        return [
+            row["id"]
+            for row, crc in zip(rows, crcs, strict=True)
+            if crc is not None and _row_crc(DocumentRow(**row)) != crc
+        ]
+
+    def altered_files(self, table: str = "") -> list[str]:
+        """Give the files that are not what was written, by path; of one table, or of all."""
+        return self._ledger.altered(f"{table}.lance/" if table else "")
+
+    def sum_documents(self) -> None:
+        """Give document rows their checksums, which the first format lacks."""
+        if "crc" not in self._documents.schema.names:
+            self._documents.add_columns(pa.field("crc", pa.uint32()))
+        self.put_documents(list(self.documents().values()))
+
+    def rewrite(self) -> None:
+        """Write both tables anew from what can be read of them, and drop all files from before."""
+        for name, table in self.to_arrow().items():
+            self._database.create_table(name, table, mode="overwrite")  # the rows' schema holds the primary key
+        self._documents, self._chunks = (self._database.open_table(name) for name in _TABLES)
+        _index_words(self._chunks)
+        for one in (self._documents, self._chunks):
+            one.optimize(cleanup_older_than=timedelta(milliseconds=1), delete_unverified=True)
+        self._ledger.settle()
+
     def delete_chunks(self, ids: Sequence[str]) -> None:
         """Delete chunks by id."""
         for names in sql_lists(ids):
             self._chunks.delete(f"id IN ({names})")
         if ids:
-            self._settle()
+            self._ledger.settle()
 
     def to_arrow(self) -> dict[str, pa.Table]:
         """Give both tables whole, for an export."""
@@ -348,18 +387,21 @@ class LanceStore:
             return {"documents": self._documents.to_arrow(), "chunks": self._chunks.to_arrow()}
 
     def add_arrow(self, documents: pa.Table, chunks: pa.Table) -> None:
-        """Insert the rows of an export.
+        """Insert the rows of an export; documents of the first format have no checksums and get some.
 
         Raises:
             CorruptError: they are not rows of these tables.
         """
+        if "crc" not in documents.column_names:
+            crcs = [_row_crc(DocumentRow(**row)) for row in documents.to_pylist()]
+            documents = documents.append_column("crc", pa.array(crcs, pa.uint32()))
         fitting = _chunks_schema(self.dimension), _DOCUMENTS
         for table, rows, schema in zip((self._chunks, self._documents), (chunks, documents), fitting, strict=True):
             rows.validate(full=True)
             if not rows.schema.equals(schema) or len(rows["id"].unique()) < len(rows):
                 raise CorruptError("its tables are not those of a collection")
             table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(rows)
-        self._settle()
+        self._ledger.settle()
 
     def _scan_ids(self, where: str | None) -> RowIds:
         return np.sort(self._scan(["id"], where, row_ids=True)["_rowid"].to_numpy().astype(np.int64))
@@ -386,9 +428,6 @@ class LanceStore:
             cause = error.__cause__ or error
             raise UsageError(f"--where {where!r} cannot be used: {first_line(cause)}") from cause
 
-    def _settle(self) -> None:
-        settle(self.folder, self._on_disk)
-
 
 def connect(folder: Path) -> Any:
     """Open a folder of tables; the row ids of those made in it survive compaction, so that others can refer to rows."""
@@ -406,42 +445,12 @@ def reading(folder: Path, remedy: str) -> Iterator[None]:
         raise CorruptError(f"the tables in {folder} cannot be read ({first_line(error)}). {remedy}") from error
 
 
-def settle(folder: Path, on_disk: set[str]) -> None:
-    """Wait until the files of the commits so far have reached the disk, and the folders that name them.
-
-    Args:
-        folder: of the tables.
-        on_disk: files that are known to have reached it; those that now have are added.
-    """
-    folders: set[Path] = set()
-    for root, _, names in os.walk(folder):
-        for name in names:
-            path = os.path.join(root, name)
-            if path not in on_disk:
-                with suppress(FileNotFoundError):  # a scratch file, or cleaned up by another process
-                    fsync(path)
-                    folders |= {Path(root), Path(root).parent}
-                    on_disk.add(path)
-    for parent in folders:
-        with suppress(OSError):  # some file systems know no fsync of a folder
-            fsync(parent)
-
-
-def fsync(path: str | Path) -> None:
-    """Wait until a file or folder has reached the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _manifest(table: Path, version: int) -> Path:
     """Give the file that makes a version of a table: Lance counts down, so that the newest comes first."""
     return table / "_versions" / f"{(1 << 64) - 1 - version:020d}.manifest"
 
 
-def heal(table: Path) -> None:
+def heal(table: Path, ledger: Ledger) -> None:
     """Set the newest manifests aside when they have no content, so that the table opens at the version before them.
 
     A power cut can leave them: Lance moves a manifest into place before its content has reached the disk.
@@ -453,6 +462,7 @@ def heal(table: Path) -> None:
             return
         for path in hollow:
             path.replace(path.with_name(f"{path.name}.damaged"))
+        ledger.forget(hollow)  # the next commit takes the name
         logger.warning(
             "%s was cut short, as by a power cut: its last %d commits are lost, and it is back at the one before. "
             "Ingest again to bring back what is missing",
@@ -546,6 +556,10 @@ def _crc(chunk: Chunk, vector: Vector) -> int:
     numbers = [[key, float(value) if type(value) is int else value] for key, value in facts]
     row = [getattr(chunk, name) for name in _CHUNK_COLUMNS if name != "metadata"]
     return zlib.crc32(vector.tobytes(), zlib.crc32(json.dumps([*row, numbers]).encode()))
+
+
+def _row_crc(row: DocumentRow) -> int:
+    return zlib.crc32(json.dumps(list(asdict(row).values())).encode())
 
 
 def _storable(metadata: dict[str, Scalar]) -> dict[str, Scalar]:

@@ -7,6 +7,7 @@ default fusion adds the cosine and the BM25 score scaled by the best BM25 score 
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 import json
 import os
@@ -16,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -24,6 +25,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from l2m_rag.errors import CollectionNotFound, CorruptError, IncompatibleError, LockedError, UsageError
+from l2m_rag.memory_tiers.disk import write_json
 from l2m_rag.memory_tiers.hot_index import HotIndex, open_hot_index
 from l2m_rag.memory_tiers.lance_store import LanceStore, RowIds, Scores, Vector, Vectors
 from l2m_rag.memory_tiers.records import Chunk, DocumentRow, Passage
@@ -31,7 +33,8 @@ from l2m_rag.memory_tiers.records import Chunk, DocumentRow, Passage
 Mode = Literal["hybrid", "dense", "text"]
 Fusion = Literal["scores", "rrf"]
 
-FORMAT = 1
+FORMAT = 2
+"""Of what is stored: 2 has checksums of the files, of the manifest and of document rows."""
 CANDIDATES = 100
 """Rows that each half brings to the fusion."""
 _LEXICAL_WEIGHT = 0.5  # of the scaled BM25 score beside the cosine
@@ -131,6 +134,18 @@ class LongTermTier:
             self._hot_version = version
         return self._hot
 
+    def check_writable(self) -> None:
+        """Refuse to write into an older format, which can be read as it is.
+
+        Raises:
+            IncompatibleError: its format is not the present one.
+        """
+        if self.manifest.format < FORMAT:
+            raise IncompatibleError(
+                f"collection {self.folder.name!r} has format {self.manifest.format}; this version reads it and writes "
+                f"format {FORMAT}. Run: l2m collections migrate {self.folder.name}"
+            )
+
     @property
     def dimension(self) -> int:
         """Of the embeddings."""
@@ -156,10 +171,12 @@ class LongTermTier:
         Raises:
             UsageError: ids or vectors cannot be used; nothing was written.
         """
+        self.check_writable()
         self.store.add_chunks(chunks, checked(chunks, vectors, self.dimension))
 
     def evict(self, ids: Sequence[str]) -> int:
         """Delete chunks by id; give how many there were."""
+        self.check_writable()
         self.store.refresh()
         there = self.store.present(ids)
         self.store.delete_chunks(there)
@@ -172,14 +189,18 @@ class LongTermTier:
         return [found[one] for one in ids if one in found]
 
     def verify(self) -> list[str]:
-        """Check every stored row: checksums, and that documents and chunks add up; give what is wrong.
+        """Check every file and row: checksums, and that documents and chunks add up; give what is wrong.
 
         Raises:
             CorruptError: the tables cannot be read at all.
         """
         self.store.refresh()
+        problems = [f"{path}: the file has been altered" for path in self.store.altered_files()]
         rows, counts = self.store.documents(), self.store.chunks_per_document()
-        problems = [f"chunk {one}: what is stored of it has been altered" for one in self.store.damaged()]
+        problems += [f"chunk {one}: what is stored of it has been altered" for one in self.store.damaged()]
+        problems += [
+            f"{one}: what is stored of the document has been altered" for one in self.store.damaged_documents()
+        ]
         return problems + [
             f"{name}: {counts.get(name, 0)} chunks are stored, {rows[name].chunks if name in rows else 0} are expected"
             for name in _incomplete(rows, counts)
@@ -187,24 +208,31 @@ class LongTermTier:
 
     def repair(self) -> list[str]:
         """Remove what `verify` finds wrong, and make the indexes anew; say what was done."""
+        self.check_writable()
         self.store.refresh()
         done: list[str] = []
+        altered = self.store.altered_files()
         damaged = self.store.damaged()
         if damaged:
             self.store.delete_chunks(damaged)
             done.append(f"removed {len(damaged)} damaged chunks")
         wrong = _incomplete(self.store.documents(), self.store.chunks_per_document())
+        wrong = sorted({*wrong, *self.store.damaged_documents()})
         if wrong:
             self.store.remove_documents(wrong)
             done.append(
                 f"removed {len(wrong)} incomplete documents; ingest again to bring them back: " + ", ".join(wrong[:5])
             )
+        if altered:
+            self.store.rewrite()
+            done.append(f"wrote the tables anew, as {len(altered)} of their files had been altered")
         self.store.rebuild_text_index()
         self._index_anew()
         return [*done, "built the search indexes again"]
 
     def compact(self) -> None:
         """Merge small files, drop versions older than an hour, and bring the indexes up to date."""
+        self.check_writable()
         self.store.refresh()
         self.store.optimize()
         self.store.rebuild_text_index()  # which else goes on counting the words of rows that were deleted
@@ -374,8 +402,30 @@ def create_tier(folder: Path, manifest: Manifest) -> LongTermTier:
         _clear(folder / "tables")  # a creation that was interrupted before its manifest: nothing was stored yet
     (folder / "tables").mkdir(parents=True, exist_ok=True)
     LanceStore(folder / "tables", manifest.dimension, create=True)
-    write_json(folder / "manifest.json", asdict(manifest))
+    _write_manifest(folder, manifest)
     return LongTermTier(folder)
+
+
+def _write_manifest(folder: Path, manifest: Manifest) -> None:
+    found = asdict(replace(manifest, format=FORMAT))
+    write_json(folder / "manifest.json", {**found, "digest": _digest(found)})
+
+
+def _digest(manifest: dict[str, object]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def migrate(folder: Path) -> int:
+    """Bring a collection that the caller has locked to the present format; give the format it had.
+
+    A run that is killed is done again from the start. Format 1 -> 2: document rows get checksums, all files are listed
+    with theirs, and the manifest gets its own.
+    """
+    manifest = read_manifest(folder)
+    if manifest.format < FORMAT:
+        LanceStore(folder / "tables", manifest.dimension).sum_documents()
+        _write_manifest(folder, manifest)
+    return manifest.format
 
 
 def _has_rows(tables: Path, dimension: int) -> bool:
@@ -404,6 +454,9 @@ def read_manifest(folder: Path) -> Manifest:
                 f"collection {folder.name!r} has format {found['format']}; this version reads up to {FORMAT}. "
                 f"Upgrade l2m-rag"
             )
+        digest = found.pop("digest", None)
+        if digest != (None if found["format"] == 1 else _digest(found)):
+            raise ValueError("it has been altered")
         return Manifest(**found)
     except FileNotFoundError:
         raise CollectionNotFound(
@@ -411,19 +464,6 @@ def read_manifest(folder: Path) -> Manifest:
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptError(f"{folder / 'manifest.json'} cannot be read ({error}); restore it from an export") from error
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write a JSON file so that it is there whole or not at all, also after a power cut."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with scratch.open("w") as stream:
-            json.dump(value, stream, indent=1)
-            stream.flush()
-            os.fsync(stream.fileno())
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 @contextmanager

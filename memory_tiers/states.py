@@ -24,8 +24,8 @@ import pyarrow as pa
 
 from l2m_rag.errors import CorruptError, IncompatibleError, UsageError
 from l2m_rag.memory_tiers import lance_store as lance
+from l2m_rag.memory_tiers.disk import Ledger, fsync, write_json
 from l2m_rag.memory_tiers.lance_store import RowIds, Scores, Vector, Vectors
-from l2m_rag.memory_tiers.long_term import write_json
 
 Array = np.ndarray[Any, np.dtype[Any]]
 RowMatrix = np.ndarray[tuple[int, int], np.dtype[np.int64]]
@@ -220,8 +220,8 @@ class StateTier:
         self._lance: dict[int, int] = {}  # Lance's row id of each committed row
         self._hot = _HotSet(hot_bytes)
         self._next = 0
-        self._on_disk: set[str] = set()
         self._table: Any = None
+        self._ledger = Ledger(folder or Path())
         if folder is not None:
             self._open(folder)
 
@@ -280,7 +280,7 @@ class StateTier:
         self._table.merge_insert("id").when_not_matched_insert_all().execute(self._to_arrow(self._fresh))
         found = self._scan(["row"], f"row >= {min(self._fresh)}")
         self._lance.update(zip(found["row"].to_pylist(), found["_rowid"].to_pylist(), strict=True))
-        lance.settle(self.folder, self._on_disk)
+        self._ledger.settle()
         for row, record in self._fresh.items():
             self._hot.put(row, record)
         self._fresh.clear()
@@ -314,7 +314,7 @@ class StateTier:
             _write_pin(self.folder, pinned)
             for condition in conditions:
                 self._table.delete(f"namespace IN ({_quoted(self.namespace)}) AND {condition}")
-            lance.settle(self.folder, self._on_disk)
+            self._ledger.settle()
         for stream, rows in gone.items():
             self._streams[stream] = self._streams[stream].without(np.array(rows))
             if not self._streams[stream].count:
@@ -429,7 +429,7 @@ class StateTier:
                 )
             shutil.rmtree(self._files, ignore_errors=True)  # a creation that was interrupted
             database.create_table("states", schema=_schema(self.form)).set_unenforced_primary_key("id")
-            lance.settle(folder, self._on_disk)
+            self._ledger.settle()
             _write_pin(folder, {"form": {"schema": SCHEMA, **asdict(self.form)}, "next": {}})
         pinned = _read_pin(folder)
         for name, ours in {"schema": SCHEMA, **asdict(self.form)}.items():
@@ -438,7 +438,7 @@ class StateTier:
                     f"the states in {folder} were made with {name} {stored!r}; this run has {ours!r}. "
                     f"Go back to {stored!r}, or delete that folder to have the states made again"
                 )
-        lance.heal(self._files)
+        lance.heal(self._files, self._ledger)
         try:
             self._table = database.open_table("states")
         except (ValueError, RuntimeError, OSError) as error:
@@ -564,7 +564,7 @@ def _read_pin(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _write_pin(folder: Path, pinned: dict[str, dict[str, Any]]) -> None:
     write_json(folder / "states.json", pinned)
-    lance.fsync(folder)
+    fsync(folder)
 
 
 def _check_name(kind: str, name: str) -> None:

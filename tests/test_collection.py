@@ -212,7 +212,7 @@ def test_a_collection_tells_what_it_holds(kb: Collection, docs: Path) -> None:
     kb.ingest(docs)
     info = kb.info()
     assert (info.name, info.documents, info.failed) == ("x", 3, 1)
-    assert (info.embedder, info.dimension, info.format) == ("hashing", 32, 1)
+    assert (info.embedder, info.dimension, info.format) == ("hashing", 32, 2)
     assert info.chunks == len(content(kb)["chunks"]) == 6
     assert info.bytes == sum(path.stat().st_size for path in kb.path.rglob("*") if path.is_file())
     assert list_collections(kb.settings) == [info]
@@ -339,7 +339,7 @@ def test_another_embedder_is_refused(kb: Collection, made: Any, docs: Path) -> N
 
 def test_a_newer_format_is_refused(kb: Collection, docs: Path) -> None:
     manifest = kb.path / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 2}))
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 3}))
     before = tree(kb.path / "tables")
     for use in (lambda: kb.search("sheep"), lambda: kb.ingest(docs), kb.verify):
         with pytest.raises(IncompatibleError, match="Upgrade l2m-rag"):
@@ -474,7 +474,7 @@ def test_a_hostile_archive_is_refused_though_its_checksums_fit(kb: Collection, t
         with pytest.raises(CorruptError, match="is not an export of a collection, or was altered") as raised:
             import_collection(tmp_path / "bad.l2m", "y", kb.settings)
         assert "\n" not in str(raised.value), name
-    packed(tmp_path / "bad.l2m", manifest(parts, format=2))
+    packed(tmp_path / "bad.l2m", manifest(parts, format=3))
     with pytest.raises(IncompatibleError, match="Upgrade l2m-rag"):
         import_collection(tmp_path / "bad.l2m", "y", kb.settings)
 

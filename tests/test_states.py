@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from l2m_rag.errors import CorruptError, IncompatibleError, UsageError
-from l2m_rag.memory_tiers import lance_store, states
+from l2m_rag.memory_tiers import disk, states
 from l2m_rag.memory_tiers.states import StateFormat, StateRows, StateTier
 
 FORM = StateFormat(
@@ -581,7 +581,7 @@ def test_a_commit_that_failed_is_tried_again(folder: Path, monkeypatch: pytest.M
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(lance_store, "settle", full)
+    monkeypatch.setattr(disk.Ledger, "settle", full)
     with pytest.raises(OSError, match="No space left"):
         tier.flush()
     monkeypatch.undo()
@@ -596,13 +596,13 @@ def test_a_commit_waits_until_its_files_have_reached_the_disk(folder: Path, monk
     tier = StateTier(FORM, folder)
     before = {path for path in folder.rglob("*") if path.is_file()}
     synced: set[Path] = set()
-    real = lance_store.fsync
+    real = disk.fsync
 
     def syncing(path: str | Path) -> None:
         synced.add(Path(path))
         real(path)
 
-    monkeypatch.setattr(lance_store, "fsync", syncing)
+    monkeypatch.setattr(disk, "fsync", syncing)
     tier.add(batch(3))
     tier.flush()
     written = {path for path in folder.rglob("*") if path.is_file()} - before

@@ -1,0 +1,176 @@
+"""What has reached the disk, and whether it still is what was written.
+
+Lance never calls fsync and keeps no checksums of its files: a power cut can take a commit that was reported, and a bit
+that flips is read as if it were right. Its files are written once and never changed, so a list of checksums tells.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+_CHANGING = {
+    "latest_version_hint.json"
+}  # the one file that Lance writes again; what it says is only where to look first
+_SPARE = 1000  # lines on files that are gone, up to which the list is left as it is
+_PART = 1 << 20
+
+
+class Ledger:
+    """Which files below a folder of tables have reached the disk, and their checksums.
+
+    They stand in `checksums.log`, a line each: CRC-32 (hexadecimal), bytes, path. A line that cannot be read is passed
+    over, and a file of which no line speaks is taken for new, so a list that was cut short costs no more than what it
+    would have told.
+
+    Args:
+        folder: that holds the tables.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._path = folder / "checksums.log"
+        self._known: dict[str, tuple[int, int]] = {}  # CRC-32 and bytes of each path
+        self._read = 0  # bytes of the list that were read
+
+    def settle(self) -> None:
+        """Wait until all files, and the folders that name them, have reached the disk; note the new ones.
+
+        Raises:
+            OSError: the disk takes nothing.
+        """
+        self._look()
+        new: dict[str, tuple[int, int]] = {}
+        folders: set[Path] = set()
+        there = 0
+        for path in self._files():
+            there += 1
+            if path in self._known:
+                continue
+            with suppress(FileNotFoundError):  # a scratch file, or cleaned up by another process
+                fsync(self._folder / path)
+                new[path] = _checksum(self._folder / path)
+                above = (self._folder / path).parent
+                folders |= {above, above.parent}
+        for parent in folders:
+            with suppress(OSError):  # some file systems know no fsync of a folder
+                fsync(parent)
+        if len(self._known) > 2 * there + _SPARE:
+            self._write_anew(new)
+        elif new:
+            self._append(_lines(new))
+            self._known |= new
+
+    def forget(self, paths: Iterable[Path]) -> None:
+        """Strike files off the list that were moved away, as others will take their names."""
+        self._look()
+        struck = [path for path in (str(path.relative_to(self._folder)) for path in paths) if path in self._known]
+        if struck:
+            self._append("".join(f"\n- - {path}" for path in struck))
+        for path in struck:
+            del self._known[path]
+
+    def altered(self, below: str = "") -> list[str]:
+        """Give the files on the list that are there and are not what was written, by path.
+
+        Args:
+            below: only those whose path begins with it.
+        """
+        self._look()
+        wrong = []
+        for path in sorted(self._files()):
+            if path.startswith(below) and path in self._known:
+                with suppress(FileNotFoundError):  # compaction deletes files
+                    if _checksum(self._folder / path) != self._known[path]:
+                        wrong.append(path)
+        return wrong
+
+    def _files(self) -> Iterator[str]:
+        """Give the files of the tables, which lie in folders of their own."""
+        for root, _, names in os.walk(self._folder):
+            for name in names:
+                if name not in _CHANGING and root != str(self._folder):
+                    yield os.path.relpath(os.path.join(root, name), self._folder)
+
+    def _look(self) -> None:
+        """Read what was added to the list, perhaps by another process."""
+        try:
+            with self._path.open("rb") as stream:
+                size = stream.seek(0, os.SEEK_END)
+                if size < self._read:  # it was written anew
+                    self._known, self._read = {}, 0
+                stream.seek(self._read)
+                added = stream.read()
+        except FileNotFoundError:
+            self._known, self._read = {}, 0
+            return
+        self._read += len(added)
+        for line in added.decode("utf-8", "replace").split("\n"):
+            crc, _, rest = line.partition(" ")
+            size_, _, path = rest.partition(" ")
+            if crc == "-":
+                self._known.pop(path, None)
+            with suppress(ValueError):
+                self._known[path] = int(crc, 16), int(size_)
+
+    def _append(self, lines: str) -> None:
+        """Add lines; each begins with a line break, so that one that was cut short spoils no other."""
+        with self._path.open("ab") as stream:
+            stream.write(lines.encode())
+            stream.flush()
+            self._read = stream.tell()
+
+    def _write_anew(self, new: dict[str, tuple[int, int]]) -> None:
+        """Write the list with new files, and without those that are gone."""
+        here = set(self._files())
+        known = {path: written for path, written in (self._known | new).items() if path in here}
+        content = _lines(known).encode()
+        write_bytes(self._path, content)
+        self._known, self._read = known, len(content)
+
+
+def _lines(files: dict[str, tuple[int, int]]) -> str:
+    return "".join(f"\n{crc:08x} {size} {path}" for path, (crc, size) in files.items())
+
+
+def _checksum(path: Path) -> tuple[int, int]:
+    """Give the CRC-32 and the bytes of a file."""
+    crc = size = 0
+    with path.open("rb", buffering=0) as stream:
+        while part := stream.read(_PART):
+            crc = zlib.crc32(part, crc)
+            size += len(part)
+    return crc, size
+
+
+def fsync(path: str | Path) -> None:
+    """Wait until a file or folder has reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file so that it is there whole or not at all, also after a power cut."""
+    write_bytes(path, json.dumps(value, indent=1).encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all, also after a power cut."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with scratch.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+    with suppress(OSError):
+        fsync(path.parent)
