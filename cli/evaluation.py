@@ -293,6 +293,31 @@ def search(
 
 
 @bench_app.command(cls=Command)
+def faults(
+    ctx: typer.Context,
+    points: Annotated[int, typer.Option(min=1, metavar="N", help="Times that the process is killed.")] = 200,
+    failures: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Writes that fail, each in two ways; default every one.")
+    ] = None,
+    flips: Annotated[int, typer.Option(min=1, metavar="N", help="Bits flipped, and as many files cut short.")] = 500,
+    races: Annotated[int, typer.Option(min=1, metavar="N", help="Races of two writers.")] = 200,
+    as_json: Json = False,
+) -> None:
+    """Count what the long-term tier loses when it is killed, the disk fails, bits flip or two write at once.
+
+    Needs Linux and a C compiler; takes about half an hour.
+
+    Examples:
+      l2m bench faults
+      l2m bench faults --points 20 --failures 20 --flips 50 --races 10 --json
+    """
+    from l2m_rag import bench_faults
+
+    told = remarks(ctx)
+    _say_figures(bench_faults.faults(points=points, failures=failures, flips=flips, races=races, told=told), as_json)
+
+
+@bench_app.command(cls=Command)
 def ask(
     ctx: typer.Context,
     collection: InCollection = None,

@@ -6,6 +6,7 @@ that flips is read as if it were right. Its files are written once and never cha
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import zlib
@@ -16,8 +17,22 @@ from pathlib import Path
 _CHANGING = {
     "latest_version_hint.json"
 }  # the one file that Lance writes again; what it says is only where to look first
+_ENDINGS = {".lance": b"LANC", ".manifest": b"LANC", ".arrow": b"ARROW1"}
 _SPARE = 1000  # lines on files that are gone, up to which the list is left as it is
 _PART = 1 << 20
+
+
+class CutShortError(OSError):
+    """A file was not written to its end, though nothing said so at the time.
+
+    Args:
+        path: the file.
+        new: all files that were written since the last time that all was well.
+    """
+
+    def __init__(self, path: Path, new: list[Path]) -> None:
+        super().__init__(errno.EIO, "the disk did not take all that was written", str(path))
+        self.new = new
 
 
 class Ledger:
@@ -36,26 +51,44 @@ class Ledger:
         self._path = folder / "checksums.log"
         self._known: dict[str, tuple[int, int]] = {}  # CRC-32 and bytes of each path
         self._read = 0  # bytes of the list that were read
+        self._left: set[str] | None = None  # files that were cut short before; None: nobody has looked
+
+    def begin(self) -> None:
+        """Look at what killed and failed commits have left, so that it is not laid to the one that now begins."""
+        if self._left is None:
+            self._left = set()
+            with suppress(CutShortError):
+                self.settle()
+
+    def failed(self) -> None:
+        """Note that a commit ended by an error, and may have left files without their end."""
+        self._left = None
 
     def settle(self) -> None:
         """Wait until all files, and the folders that name them, have reached the disk; note the new ones.
 
         Raises:
+            CutShortError: a file lacks its end. Lance does not look at what its last write to a file came to.
             OSError: the disk takes nothing.
         """
         self._look()
+        left = self._left or set()
         new: dict[str, tuple[int, int]] = {}
         folders: set[Path] = set()
         there = 0
         for path in self._files():
             there += 1
-            if path in self._known:
+            if path in self._known or path in left:
                 continue
             with suppress(FileNotFoundError):  # a scratch file, or cleaned up by another process
                 fsync(self._folder / path)
                 new[path] = _checksum(self._folder / path)
                 above = (self._folder / path).parent
                 folders |= {above, above.parent}
+        short = {path for path in new if not _has_end(self._folder / path)}
+        if short:
+            self._left = left | short
+            raise CutShortError(self._folder / min(short), [self._folder / one for one in new])
         for parent in folders:
             with suppress(OSError):  # some file systems know no fsync of a folder
                 fsync(parent)
@@ -135,6 +168,14 @@ class Ledger:
 
 def _lines(files: dict[str, tuple[int, int]]) -> str:
     return "".join(f"\n{crc:08x} {size} {path}" for path, (crc, size) in files.items())
+
+
+def _has_end(path: Path) -> bool:
+    """Say whether a file ends as files of its kind do."""
+    ending = _ENDINGS.get(path.suffix, b"")
+    with path.open("rb") as stream:
+        stream.seek(max(0, stream.seek(0, os.SEEK_END) - len(ending)))
+        return stream.read() == ending
 
 
 def _checksum(path: Path) -> tuple[int, int]:

@@ -33,7 +33,7 @@ from lancedb.index import FTS
 from lancedb.query import MatchQuery
 
 from l2m_rag.errors import CorruptError, L2MError, UsageError
-from l2m_rag.memory_tiers.disk import Ledger
+from l2m_rag.memory_tiers.disk import CutShortError, Ledger
 from l2m_rag.memory_tiers.records import Chunk, DocumentRow, Scalar
 
 logger = logging.getLogger(__name__)
@@ -65,6 +65,7 @@ _DOCUMENTS = pa.schema(
 )
 _TABLES = ("documents", "chunks")
 _CHUNK_COLUMNS = ["id", "document", "ordinal", "page", "heading", "start", "end", "text", "metadata"]
+_FOR_EVER = timedelta(days=36_500)
 _IN_LIST = 500  # names a filter may list: DataFusion plans long lists slowly
 
 
@@ -105,11 +106,11 @@ class LanceStore:
         self._database = connect(folder)
         self._ledger = Ledger(folder)
         if create:
-            for name, schema in zip(_TABLES, (_DOCUMENTS, _chunks_schema(dimension)), strict=True):
-                table = self._database.create_table(name, schema=schema)
-                table.set_unenforced_primary_key("id")
-            _index_words(table)
-            self._ledger.settle()
+            with committing(self._ledger):
+                for name, schema in zip(_TABLES, (_DOCUMENTS, _chunks_schema(dimension)), strict=True):
+                    table = self._database.create_table(name, schema=schema)
+                    table.set_unenforced_primary_key("id")
+                _index_words(table)
         for name in _TABLES:
             heal(folder / f"{name}.lance", self._ledger)
         try:
@@ -141,16 +142,16 @@ class LanceStore:
         """Insert or replace document rows."""
         if rows:
             table = pa.Table.from_pylist([{**asdict(row), "crc": _row_crc(row)} for row in rows], schema=_DOCUMENTS)
-            self._documents.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(table)
-            self._ledger.settle()
+            with self._committing():
+                _upsert(self._documents, table)
 
     def remove_documents(self, ids: Sequence[str]) -> None:
         """Delete documents and their chunks; the chunks first, so that a crash leaves the row that names them."""
-        for names in sql_lists(ids):
-            self._chunks.delete(f"document IN ({names})")
-            self._documents.delete(f"id IN ({names})")
         if ids:
-            self._ledger.settle()
+            with self._committing():
+                for names in sql_lists(ids):
+                    self._chunks.delete(f"document IN ({names})")
+                    self._documents.delete(f"id IN ({names})")
 
     # -- chunks ------------------------------------------------------------------------------------------------------
     def add_chunks(self, chunks: Sequence[Chunk], vectors: Vectors) -> None:
@@ -169,15 +170,14 @@ class LanceStore:
             "crc": [_crc(chunk, vector) for chunk, vector in zip(chunks, flat, strict=True)],
         }
         table = pa.table(columns, schema=_chunks_schema(self.dimension))
-        self._chunks.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(table)
-        self._ledger.settle()
+        with self._committing():
+            _upsert(self._chunks, table)
 
     def drop_stale_chunks(self, kept: Mapping[str, set[str]]) -> int:
         """Delete the chunks of documents that are not among the ids kept of each; give how many there were."""
         ids = set().union(*kept.values())
         stale = [chunk for chunk in self.chunk_ids(list(kept)) if chunk not in ids]
-        for names in sql_lists(stale):
-            self._chunks.delete(f"id IN ({names})")
+        self.delete_chunks(stale)
         return len(stale)
 
     def chunk_ids(self, documents: Sequence[str]) -> list[str]:
@@ -293,8 +293,13 @@ class LanceStore:
 
     @property
     def commits_lost(self) -> int:
-        """How many commits power cuts have cost so far; the numbers of their versions and rows were given out again."""
-        return sum(1 for _ in (self.folder / "chunks.lance" / "_versions").glob("*.damaged"))
+        """How many commits were cut short so far; the numbers of their versions and rows were given out again."""
+        return sum(1 for _ in (self.folder / "chunks.lance" / "_versions").glob("*.manifest.*"))
+
+    def cut_short(self) -> list[str]:
+        """Give the manifests that were set aside when the tables were opened, and that no commit has stood in for."""
+        aside = self.folder.glob("*/_versions/*.damaged")
+        return sorted(str(path.relative_to(self.folder)) for path in aside if not path.with_suffix("").exists())
 
     def refresh(self) -> None:
         """Look at the newest version, which another process may have written.
@@ -314,9 +319,10 @@ class LanceStore:
 
     def optimize(self) -> None:
         """Merge small files, drop versions older than an hour, and bring the full-text index up to date."""
-        for table in (self._documents, self._chunks):
-            table.optimize(cleanup_older_than=timedelta(hours=1))
-        self._ledger.settle()
+        for kept in (_FOR_EVER, timedelta(hours=1)):  # nothing goes before what stands for it has reached the disk
+            with self._committing():
+                for table in (self._documents, self._chunks):
+                    table.optimize(cleanup_older_than=kept)
 
     def index_text(self, unindexed: int = 100) -> None:
         """Bring the full-text index up to date when over `unindexed` rows are outside it (29 us each a query)."""
@@ -326,8 +332,8 @@ class LanceStore:
 
     def rebuild_text_index(self) -> None:
         """Make the full-text index anew."""
-        _index_words(self._chunks)
-        self._ledger.settle()
+        with self._committing():
+            _index_words(self._chunks)
 
     def damaged(self) -> list[str]:
         """Give the ids of chunks whose checksum does not fit their text and embedding."""
@@ -361,25 +367,30 @@ class LanceStore:
     def sum_documents(self) -> None:
         """Give document rows their checksums, which the first format lacks."""
         if "crc" not in self._documents.schema.names:
-            self._documents.add_columns(pa.field("crc", pa.uint32()))
+            with self._committing():
+                self._documents.add_columns(pa.field("crc", pa.uint32()))
         self.put_documents(list(self.documents().values()))
 
     def rewrite(self) -> None:
         """Write both tables anew from what can be read of them, and drop all files from before."""
-        for name, table in self.to_arrow().items():
-            self._database.create_table(name, table, mode="overwrite")  # the rows' schema holds the primary key
-        self._documents, self._chunks = (self._database.open_table(name) for name in _TABLES)
-        _index_words(self._chunks)
-        for one in (self._documents, self._chunks):
-            one.optimize(cleanup_older_than=timedelta(milliseconds=1), delete_unverified=True)
-        self._ledger.settle()
+        tables = self.to_arrow()
+        with self._committing():
+            for name, table in tables.items():
+                self._database.create_table(name, table, mode="overwrite")  # the rows' schema holds the primary key
+            self._documents, self._chunks = (self._database.open_table(name) for name in _TABLES)
+            _index_words(self._chunks)
+        with self._committing():
+            for one in (self._documents, self._chunks):
+                one.optimize(cleanup_older_than=timedelta(milliseconds=1), delete_unverified=True)
+        for path in self.cut_short():
+            (self.folder / path).unlink()
 
     def delete_chunks(self, ids: Sequence[str]) -> None:
         """Delete chunks by id."""
-        for names in sql_lists(ids):
-            self._chunks.delete(f"id IN ({names})")
         if ids:
-            self._ledger.settle()
+            with self._committing():
+                for names in sql_lists(ids):
+                    self._chunks.delete(f"id IN ({names})")
 
     def to_arrow(self) -> dict[str, pa.Table]:
         """Give both tables whole, for an export."""
@@ -396,12 +407,13 @@ class LanceStore:
             crcs = [_row_crc(DocumentRow(**row)) for row in documents.to_pylist()]
             documents = documents.append_column("crc", pa.array(crcs, pa.uint32()))
         fitting = _chunks_schema(self.dimension), _DOCUMENTS
-        for table, rows, schema in zip((self._chunks, self._documents), (chunks, documents), fitting, strict=True):
+        for rows, schema in zip((chunks, documents), fitting, strict=True):
             rows.validate(full=True)
             if not rows.schema.equals(schema) or len(rows["id"].unique()) < len(rows):
                 raise CorruptError("its tables are not those of a collection")
-            table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(rows)
-        self._ledger.settle()
+        with self._committing():
+            _upsert(self._chunks, chunks)
+            _upsert(self._documents, documents)
 
     def _scan_ids(self, where: str | None) -> RowIds:
         return np.sort(self._scan(["id"], where, row_ids=True)["_rowid"].to_numpy().astype(np.int64))
@@ -412,6 +424,9 @@ class LanceStore:
             query = query.where(where)
         with self._reading():
             return query.limit(None).to_arrow()
+
+    def _committing(self) -> AbstractContextManager[None]:
+        return committing(self._ledger, self._documents, self._chunks)
 
     def _reading(self) -> AbstractContextManager[None]:
         remedy = "delete the collection and ingest again, or import an export"
@@ -427,6 +442,10 @@ class LanceStore:
             read(None)
             cause = error.__cause__ or error
             raise UsageError(f"--where {where!r} cannot be used: {first_line(cause)}") from cause
+
+
+def _upsert(table: Any, rows: pa.Table) -> None:
+    table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(rows)
 
 
 def connect(folder: Path) -> Any:
@@ -448,6 +467,41 @@ def reading(folder: Path, remedy: str) -> Iterator[None]:
 def _manifest(table: Path, version: int) -> Path:
     """Give the file that makes a version of a table: Lance counts down, so that the newest comes first."""
     return table / "_versions" / f"{(1 << 64) - 1 - version:020d}.manifest"
+
+
+@contextmanager
+def committing(ledger: Ledger, *tables: Any) -> Iterator[None]:
+    """Keep watch over commits: they are on the disk when the block ends, or taken back.
+
+    Args:
+        ledger: of the folder of the tables.
+        tables: Lance's handles, which are brought to what is then the newest version.
+
+    Raises:
+        OSError: the disk did not take all.
+    """
+    ledger.begin()
+    try:
+        yield
+    except BaseException:
+        ledger.failed()
+        with suppress(OSError):
+            _settle(ledger, tables)
+        raise
+    _settle(ledger, tables)
+
+
+def _settle(ledger: Ledger, tables: Sequence[Any]) -> None:
+    """Wait until what was committed has reached the disk; take it back when a file of it lacks its end."""
+    try:
+        ledger.settle()
+    except CutShortError as error:
+        for path in error.new:
+            if path.suffix == ".manifest":
+                path.replace(path.with_name(f"{path.name}.undone"))
+        for table in tables:
+            table.checkout_latest()
+        raise
 
 
 def heal(table: Path, ledger: Ledger) -> None:

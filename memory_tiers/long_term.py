@@ -196,6 +196,7 @@ class LongTermTier:
         """
         self.store.refresh()
         problems = [f"{path}: the file has been altered" for path in self.store.altered_files()]
+        problems += [f"{path}: a commit was cut short, and is lost" for path in self.store.cut_short()]
         rows, counts = self.store.documents(), self.store.chunks_per_document()
         problems += [f"chunk {one}: what is stored of it has been altered" for one in self.store.damaged()]
         problems += [
@@ -211,7 +212,7 @@ class LongTermTier:
         self.check_writable()
         self.store.refresh()
         done: list[str] = []
-        altered = self.store.altered_files()
+        altered = [*self.store.altered_files(), *self.store.cut_short()]
         damaged = self.store.damaged()
         if damaged:
             self.store.delete_chunks(damaged)
@@ -225,7 +226,7 @@ class LongTermTier:
             )
         if altered:
             self.store.rewrite()
-            done.append(f"wrote the tables anew, as {len(altered)} of their files had been altered")
+            done.append(f"wrote the tables anew, as {len(altered)} of their files had been altered or cut short")
         self.store.rebuild_text_index()
         self._index_anew()
         return [*done, "built the search indexes again"]

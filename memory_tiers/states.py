@@ -277,10 +277,10 @@ class StateTier:
         """Commit what was added, and wait until it has reached the disk."""
         if self.folder is None or not self._fresh:
             return
-        self._table.merge_insert("id").when_not_matched_insert_all().execute(self._to_arrow(self._fresh))
+        with lance.committing(self._ledger, self._table):
+            self._table.merge_insert("id").when_not_matched_insert_all().execute(self._to_arrow(self._fresh))
         found = self._scan(["row"], f"row >= {min(self._fresh)}")
         self._lance.update(zip(found["row"].to_pylist(), found["_rowid"].to_pylist(), strict=True))
-        self._ledger.settle()
         for row, record in self._fresh.items():
             self._hot.put(row, record)
         self._fresh.clear()
@@ -312,9 +312,9 @@ class StateTier:
             pinned = _read_pin(self.folder)
             pinned["next"][self.namespace] = self._next  # or the number of a deleted row would be given out again
             _write_pin(self.folder, pinned)
-            for condition in conditions:
-                self._table.delete(f"namespace IN ({_quoted(self.namespace)}) AND {condition}")
-            self._ledger.settle()
+            with lance.committing(self._ledger, self._table):
+                for condition in conditions:
+                    self._table.delete(f"namespace IN ({_quoted(self.namespace)}) AND {condition}")
         for stream, rows in gone.items():
             self._streams[stream] = self._streams[stream].without(np.array(rows))
             if not self._streams[stream].count:
@@ -428,8 +428,8 @@ class StateTier:
                     f"restore that file or move the folder away"
                 )
             shutil.rmtree(self._files, ignore_errors=True)  # a creation that was interrupted
-            database.create_table("states", schema=_schema(self.form)).set_unenforced_primary_key("id")
-            self._ledger.settle()
+            with lance.committing(self._ledger):
+                database.create_table("states", schema=_schema(self.form)).set_unenforced_primary_key("id")
             _write_pin(folder, {"form": {"schema": SCHEMA, **asdict(self.form)}, "next": {}})
         pinned = _read_pin(folder)
         for name, ours in {"schema": SCHEMA, **asdict(self.form)}.items():

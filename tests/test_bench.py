@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from l2m_rag import bench
+from l2m_rag import bench, bench_faults
 from l2m_rag.cli.main import app
 from l2m_rag.config import Settings
 
@@ -131,3 +133,14 @@ def test_bench_ask_asks_among_made_up_chunks(l2m: Run, tmp_path: Path, language_
     assert not (tmp_path / "home" / "collections").exists()
     refused = l2m(*call, "-c", "mine")
     assert (refused.exit_code, "leave out --collection" in refused.stderr) == (2, True)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("cc"), reason="needs Linux and a C compiler")
+def test_nothing_is_lost_to_kills_a_failing_disk_flipped_bits_and_races() -> None:
+    found = bench_faults.faults(points=12, failures=12, flips=24, races=3)
+    counts = {key: found[key] for key in ("lost", "duplicated", "wrong", "unopenable", "silent", "race_duplicates")}
+    assert counts == dict.fromkeys(counts, 0), found["bad"]
+    assert (found["points"], found["failures"], found["damaged"], found["races"]) == (12, 24, 48, 3)
+    assert found["calls"] > 100
+    assert found["detected"] > 0
+    assert found["detected"] + found["harmless"] == 48
