@@ -130,9 +130,8 @@ class _worker:  # noqa: N801 - it reads like a function
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        with self._process:  # closes its pipes, upon which it ends
+            pass
 
     def ask(self, trial: str, fault: str, number: int) -> dict[str, Any]:
         """Let it do a trial, and give what came of it."""
