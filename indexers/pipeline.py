@@ -8,45 +8,25 @@ again changes nothing that was right.
 
 from __future__ import annotations
 
-import hashlib
-import logging
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
-from l2m_rag.errors import LoadError, Reason
-from l2m_rag.indexers.chunking import Tokenizer, split
+from l2m_rag.errors import Reason
+from l2m_rag.indexers.readers import UNKNOWN, Alone, Embedder, Workforce, sha256_of
+from l2m_rag.indexers.readers import Limits as Limits
 from l2m_rag.indexers.scan import Found, Scan, fits, is_gone, path_of, printable, scan
-from l2m_rag.indexers.workers import ParserPool
 from l2m_rag.memory_tiers.lance_store import LanceStore, Vector, Vectors
 from l2m_rag.memory_tiers.long_term import LongTermTier
-from l2m_rag.memory_tiers.records import Chunk, DocumentRow, Parsed
+from l2m_rag.memory_tiers.records import Chunk, DocumentRow
 
-logger = logging.getLogger(__name__)
-
-_PARSER = 1  # raise it when the loaders or the chunker give other text for the same bytes
 _BATCH = 512  # chunks a commit: a few seconds of embedding, against about 0.1 s for the commit itself
-_UNKNOWN = -1  # as a modification time, with no hash: whatever the file is, the row does not stand for it
 _TRY_AGAIN: tuple[Reason, ...] = ("timeout", "unreadable")
-
-
-class Embedder(Tokenizer, Protocol):
-    """What the pipeline asks of an embedder."""
-
-    @property
-    def max_tokens(self) -> int:
-        """Tokens that the model sees of a text."""
-        ...
-
-    def encode(self, texts: Sequence[str], *, progress: Callable[[int], None] | None = None) -> Vectors:
-        """Give (N, E) float32 vectors of unit length."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,32 +78,6 @@ class Progress:
     seconds: float
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Limits:
-    """How files are parsed and cut.
-
-    Args:
-        chunk_size: tokens a chunk.
-        chunk_overlap: tokens that neighbours share.
-        workers: parsing processes.
-        timeout: seconds a file.
-        memory: bytes a parsing process.
-        max_bytes: size of a file.
-    """
-
-    chunk_size: int = 256
-    chunk_overlap: int = 32
-    workers: int = 1
-    timeout: float = 30.0
-    memory: int = 1 << 30
-    max_bytes: int = 256 << 20
-
-    @property
-    def fingerprint(self) -> str:
-        """What the chunks depend on besides the file."""
-        return f"{_PARSER}:{self.chunk_size}:{self.chunk_overlap}"
-
-
 @dataclass(slots=True)
 class Work:
     """What a scan means for a collection.
@@ -170,7 +124,7 @@ def plan(
             work.todo.append(file)
         elif (row.uri, row.bytes, row.mtime_ns) == (file.uri, file.bytes, file.mtime_ns):
             _keep(work, row)
-        elif row.sha256 and row.bytes == file.bytes and _sha256(file.path) == row.sha256:
+        elif row.sha256 and row.bytes == file.bytes and sha256_of(file.path) == row.sha256:
             work.touched.append(replace(row, uri=file.uri, root=printable(str(file.root)), mtime_ns=file.mtime_ns))
             _keep(work, row)
         else:
@@ -207,6 +161,8 @@ def ingest(
     embedder: Embedder | Callable[[], Embedder],
     limits: Limits,
     progress: Callable[[Progress], None] | None = None,
+    *,
+    workforce: Workforce | None = None,
 ) -> IngestReport:
     """Read the planned files into a tier.
 
@@ -217,6 +173,7 @@ def ingest(
         embedder: or a function that loads it; it is not called when there is nothing to embed.
         limits: of parsing and cutting.
         progress: called after each file and while vectors are computed.
+        workforce: who reads and embeds; default this process, with `embedder`.
     """
     began = time.monotonic()
     report = IngestReport(name, unchanged=work.unchanged, failed=list(work.known_bad))
@@ -231,28 +188,26 @@ def ingest(
     tier.store.remove_documents(work.gone)
     report.removed = sum(1 for identity in work.gone if identity in documents and not documents[identity].error)
     tier.store.put_documents(work.touched)
-    batch = _Batch(tier.store, embedder, report, tell)
+    workforce = workforce or Alone(embedder, limits)
+    batch = _Batch(tier.store, workforce, report, tell)
     tell()
-    for file, result in _parse(work.todo, limits):
-        before = documents.get(file.id)
+    for read in workforce.read(work.todo):
+        file, before = read.file, documents.get(read.file.id)
         replaces = before is not None or file.id in work.unsettled
-        if isinstance(result, LoadError):
-            report.failed.append(Failure(file.id, result.reason, result.detail))
-            # what may pass by itself does not cost a document that was read well before
-            if before is None or before.error or result.reason not in _TRY_AGAIN:
-                batch.add(file.id, iter(()), replaces=replaces, before=before)
-                batch.close(_row(file, None, result, 0, limits))
-        else:
-            model = batch.model()
-            size = min(limits.chunk_size, model.max_tokens)
-            chunks = split(result, file.id, model, size=size, overlap=min(limits.chunk_overlap, size - 1))
-            count = batch.add(file.id, chunks, replaces=replaces, before=before)
-            batch.close(_row(file, result, None, count, limits))
+        if read.error is None:
+            count = batch.add(file.id, read.chunks, replaces=replaces, before=before)
+            batch.close(read.row(count))
             report.added += before is None or bool(before.error)
             report.updated += before is not None and not before.error
+        else:
+            report.failed.append(Failure(file.id, read.error.reason, read.error.detail))
+            # what may pass by itself does not cost a document that was read well before
+            if before is None or before.error or read.error.reason not in _TRY_AGAIN:
+                batch.add(file.id, iter(()), replaces=replaces, before=before)
+                batch.close(read.row(0))
         done += 1
         tell(file.id)
-    batch.flush()
+    batch.finish()
     tier.store.index_text()  # also what a run that was killed has left to do
     if batch.commits or work.gone or work.touched:
         tier.hot_index()
@@ -261,32 +216,49 @@ def ingest(
     return report
 
 
+@dataclass(slots=True)
+class _Commit:
+    """What is written together.
+
+    Args:
+        marks: rows of documents whose chunks are about to be replaced.
+        chunks: to write.
+        known: the vector that the store has of the text of each of them, or None.
+        computed: waits for the vectors of the others, in their order.
+        replaced: ids of the new chunks of each complete document that may have had other ones.
+        rows: of the documents that are then complete.
+    """
+
+    marks: list[DocumentRow]
+    chunks: list[Chunk]
+    known: list[Vector | None]
+    computed: Callable[[], Vectors]
+    replaced: dict[str, set[str]]
+    rows: list[DocumentRow]
+
+    def vectors(self) -> Vectors:
+        """Give the vectors of the chunks, (N, E) float32."""
+        new = iter(self.computed())
+        return np.stack([next(new) if vector is None else vector for vector in self.known])
+
+
 class _Batch:
     """Chunks on their way into the store, and the document rows that follow them."""
 
     def __init__(
-        self,
-        store: LanceStore,
-        embedder: Embedder | Callable[[], Embedder],
-        report: IngestReport,
-        tell: Callable[[str], None],
+        self, store: LanceStore, workforce: Workforce, report: IngestReport, tell: Callable[[str], None]
     ) -> None:
         self.commits = 0
         self._store = store
-        self._embedder = embedder
+        self._workforce = workforce
         self._report = report
         self._tell = tell
+        self._waiting: deque[_Commit] = deque()  # for their vectors, oldest first
         self._chunks: list[Chunk] = []
         self._rows: list[DocumentRow] = []
         self._unmarked: list[DocumentRow] = []  # rows of documents whose chunks are about to be replaced
         self._replaced: dict[str, set[str]] = {}  # document -> ids of its new chunks, for those that have old ones
         self._known: dict[str, dict[str, Vector]] = {}  # document -> vectors of the texts it has already
-
-    def model(self) -> Embedder:
-        """Give the embedder, loaded on first use."""
-        if callable(self._embedder):
-            self._embedder = self._embedder()
-        return self._embedder
 
     def add(self, document: str, chunks: Iterator[Chunk], *, replaces: bool, before: DocumentRow | None) -> int:
         """Take a document's chunks, writing whenever a batch is full; give their number.
@@ -309,80 +281,52 @@ class _Batch:
             if replaces:
                 self._replaced[document].update(chunk.id for chunk in part)
             if len(self._chunks) >= _BATCH:
-                self.flush()
+                self._pass_on()
         return count
 
     def close(self, row: DocumentRow) -> None:
         """Note that a document is complete."""
         self._rows.append(row)
         if len(self._rows) >= _BATCH:
-            self.flush()
+            self._pass_on()
 
-    def flush(self) -> None:
-        """Write chunks, drop what they replace, and then write the rows of the documents that are complete."""
-        self._store.put_documents([replace(row, sha256="", mtime_ns=_UNKNOWN) for row in self._unmarked])
-        self._unmarked = []
-        if self._chunks:
-            self._store.add_chunks(self._chunks, self._vectors())
+    def finish(self) -> None:
+        """Write all that is left."""
+        self._pass_on()
+        while self._waiting:
+            self._write(self._waiting.popleft())
+
+    def _pass_on(self) -> None:
+        """Have the vectors of what was collected computed, and write what has waited longest for its own."""
+        known = [self._known.get(chunk.document, {}).get(chunk.text) for chunk in self._chunks]
+        new = [chunk for chunk, vector in zip(self._chunks, known, strict=True) if vector is None]
         complete = [row.id for row in self._rows if row.id in self._replaced]
-        self._store.drop_stale_chunks({document: self._replaced.pop(document) for document in complete})
+        computed = _nothing
+        if new:
+            first = new[0].document
+            computed = self._workforce.encode([chunk.text for chunk in new], lambda _: self._tell(first))
+        replaced = {document: self._replaced.pop(document) for document in complete}
+        self._waiting.append(_Commit(self._unmarked, self._chunks, known, computed, replaced, self._rows))
         for document in complete:
             self._known.pop(document)
-        self._store.put_documents(self._rows)
-        self.commits += bool(self._chunks or self._rows)
-        self._report.chunks += len(self._chunks)
-        self._chunks, self._rows = [], []
+        self._unmarked, self._chunks, self._rows = [], [], []
+        while len(self._waiting) > self._workforce.ahead:
+            self._write(self._waiting.popleft())
 
-    def _vectors(self) -> Vectors:
-        """Give the vectors of the waiting chunks, computing those that the store does not have."""
-        found = [self._known.get(chunk.document, {}).get(chunk.text) for chunk in self._chunks]
-        new = [chunk for chunk, vector in zip(self._chunks, found, strict=True) if vector is None]
-        if not new:
-            return np.stack([vector for vector in found if vector is not None])
-        encoded = iter(
-            self.model().encode([chunk.text for chunk in new], progress=lambda _: self._tell(new[0].document))
-        )
-        return np.stack([next(encoded) if vector is None else vector for vector in found])
+    def _write(self, commit: _Commit) -> None:
+        """Write chunks, drop what they replace, and then write the rows of the documents that are complete."""
+        self._store.put_documents([replace(row, sha256="", mtime_ns=UNKNOWN) for row in commit.marks])
+        if commit.chunks:
+            self._store.add_chunks(commit.chunks, commit.vectors())
+        self._store.drop_stale_chunks(commit.replaced)
+        self._store.put_documents(commit.rows)
+        self.commits += bool(commit.chunks or commit.rows)
+        self._report.chunks += len(commit.chunks)
 
 
-def _parse(files: list[Found], limits: Limits) -> Iterator[tuple[Found, Parsed | LoadError]]:
-    """Parse files in order; those of which the scan said that they cannot be read are passed through in their place."""
-    readable = [file for file in files if file.error is None]
-    with ParserPool(
-        workers=limits.workers, timeout=limits.timeout, memory=limits.memory, max_bytes=limits.max_bytes
-    ) as pool:
-        parsed = pool.parse(file.path for file in readable) if readable else iter(())
-        for file in files:
-            yield file, file.error or next(parsed)[1]
-
-
-def _row(file: Found, parsed: Parsed | None, error: LoadError | None, chunks: int, limits: Limits) -> DocumentRow:
-    sha256 = "" if file.error else _sha256(file.path)
-    steady = bool(sha256) and _is_as_found(file)
-    return DocumentRow(
-        id=file.id,
-        uri=file.uri,
-        root=printable(str(file.root)),
-        title=(parsed.title if parsed else None) or Path(file.id).name,
-        mime=parsed.mime if parsed else "",
-        sha256=sha256 if steady else "",
-        bytes=file.bytes,
-        mtime_ns=file.mtime_ns if steady else _UNKNOWN,
-        pages=len(parsed.pages) if parsed else 0,
-        chunks=chunks,
-        settings=limits.fingerprint,
-        ingested_at=time.time(),
-        error=str(error) if error else "",
-    )
-
-
-def _is_as_found(file: Found) -> bool:
-    """Say whether a file is still what the scan saw; else nobody knows which of its states was parsed."""
-    try:
-        status = os.stat(file.path)
-    except OSError:
-        return False
-    return (status.st_size, status.st_mtime_ns) == (file.bytes, file.mtime_ns)
+def _nothing() -> Vectors:
+    """Give the vectors of no texts."""
+    return np.empty((0, 0), np.float32)
 
 
 def _outdated(row: DocumentRow, limits: Limits) -> bool:
@@ -412,13 +356,3 @@ def _has_gone(row: DocumentRow, found: Scan, glob: str | None) -> bool:
         return False
     below = [printable(str(path.relative_to(root))) for root in found.roots if path.is_relative_to(root)]
     return any(not glob or fits(relative, glob) for relative in below) and is_gone(str(path))
-
-
-def _sha256(path: Path) -> str:
-    """Hash a file; one that has just vanished or is closed to us gives ""."""
-    try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        logger.info("%s cannot be hashed: %s", path, error)
-        return ""
