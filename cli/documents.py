@@ -44,6 +44,10 @@ def ingest(
     glob: Annotated[str | None, typer.Option(metavar="G", help="Take only files of this pattern from folders.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, metavar="N", help="Processes that parse files.")] = None,
     prune: Annotated[bool, typer.Option("--prune", help="Remove documents whose files are gone.")] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option("--ray", metavar="ADDRESS", help="Read on a Ray cluster: local, auto, HOST:PORT or ray://..."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -53,6 +57,7 @@ def ingest(
       l2m ingest contracts/ -c contracts
       l2m ingest notes.md report.pdf
       l2m ingest wiki/ --glob "*.md" --prune
+      l2m ingest /shared/archive --ray 10.0.0.1:6379
 
     What is in and unchanged costs nothing. It reads PDF, DOCX, PPTX, XLSX, CSV, HTML, EPUB, ODT, RTF,
     Markdown, RST, text, source code, JSON, JSONL, mail and notebooks. Exit code 3: some files could not be
@@ -64,7 +69,7 @@ def ingest(
         ready(ctx, settings, as_json=as_json, new=True)
     with output.ingest_bar(shows_progress(ctx, as_json)) as progress:
         report = opened(settings).ingest(
-            *paths, glob=glob, workers=workers, prune=prune, dry_run=dry_run, progress=progress
+            *paths, glob=glob, workers=workers, prune=prune, dry_run=dry_run, ray=ray, progress=progress
         )
     if as_json:
         output.say_json(output.report_json(report))

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,7 @@ from l2m_rag.weights import DEFAULT_EMBEDDER
 if TYPE_CHECKING:
     from l2m_rag.indexers.embedding import Embedder
     from l2m_rag.indexers.pipeline import IngestReport, Limits, Progress
+    from l2m_rag.indexers.ray_ingest import RayWorkers
     from l2m_rag.memory_tiers.long_term import Fusion, LongTermTier, Mode
     from l2m_rag.memory_tiers.records import DocumentRow, Passage
 
@@ -106,6 +108,7 @@ class Collection:
         workers: int | None = None,
         prune: bool = False,
         dry_run: bool = False,
+        ray: str | None = None,
         progress: Callable[[Progress], None] | None = None,
     ) -> IngestReport:
         """Read files and folders into the collection; what is in and unchanged costs one stat.
@@ -116,12 +119,16 @@ class Collection:
             workers: parsing processes; default from the settings.
             prune: remove documents whose file is gone from the folders that are read.
             dry_run: say what would be done, and do nothing.
+            ray: address of the Ray cluster whose workers read and embed: `local` starts one on this machine; `auto`,
+                `HOST:PORT` or `ray://HOST:PORT`. Files and models must lie at the same paths on all its machines.
             progress: called after each file and while vectors are computed.
 
         Raises:
             UsageError: a path does not exist; nothing was done.
             LockedError: another process is writing.
             IncompatibleError: the collection was made with another embedder.
+            MissingExtraError: `ray` is given, and not installed.
+            L2MError: the Ray cluster cannot be reached or used; what was written by then is kept.
         """
         from l2m_rag.indexers import pipeline
         from l2m_rag.memory_tiers.long_term import writing
@@ -131,16 +138,22 @@ class Collection:
             tier = self.tier() if self.exists() else None
             work = pipeline.plan(paths, tier.store if tier else None, limits, glob=glob, prune=prune)
             return pipeline.foretell(self.name, work, tier.store.documents() if tier else {})
-        if not self.exists() and not pipeline.plan(paths, None, limits, glob=glob).todo:
-            return pipeline.IngestReport(self.name)  # nothing to read: no collection is made for it
-        if not self.exists():
-            load_embedder(self.settings)  # one that cannot be loaded leaves no folder
-        with writing(self.path):
+        with ExitStack() as stack:
+            workers_of_ray = stack.enter_context(self._ray_workers(ray, limits)) if ray is not None else None
+            if not self.exists():
+                if not pipeline.plan(paths, None, limits, glob=glob).todo:
+                    return pipeline.IngestReport(self.name)  # nothing to read: no collection is made for it
+                embedder = load_embedder(self.settings)  # one that cannot be loaded leaves no folder
+                if workers_of_ray:  # nor does a cluster that cannot be used
+                    workers_of_ray.start(embedder.fingerprint)
+            stack.enter_context(writing(self.path))
             tier = self.tier() if self.exists() else self._create()
             tier.check_writable()
             tier.store.refresh()
             work = pipeline.plan(paths, tier.store, limits, glob=glob, prune=prune)
-            return pipeline.ingest(self.name, work, tier, self._embedder, limits, progress)
+            if workers_of_ray and any(file.error is None for file in work.todo):
+                workers_of_ray.start(tier.manifest.fingerprint)
+            return pipeline.ingest(self.name, work, tier, self._embedder, limits, progress, workforce=workers_of_ray)
 
     # -- out ---------------------------------------------------------------------------------------------------------
     def search(
@@ -411,6 +424,17 @@ class Collection:
                 f"{made.dimension}-d; now {embedder.fingerprint}, {embedder.dimension}-d). Ingest into a new collection"
             )
         return embedder
+
+    def _ray_workers(self, address: str, limits: Limits) -> RayWorkers:
+        """Give the workers of a Ray cluster, which has been seen to answer; they load the embedder by themselves."""
+        from l2m_rag.indexers.ray_ingest import RayWorkers
+
+        named = self.settings.embedder
+        # the key is no business of theirs, and they run in another folder
+        settings = replace(
+            self.settings, llm_key="", embedder=os.path.abspath(named) if Path(named).is_dir() else named
+        )
+        return RayWorkers(address, partial(load_embedder, settings), limits, threads=self.settings.threads)
 
     def _limits(self, workers: int | None) -> Limits:
         from l2m_rag.indexers.pipeline import Limits
