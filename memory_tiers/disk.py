@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import time
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -20,6 +21,7 @@ _CHANGING = {
 _ENDINGS = {".lance": b"LANC", ".manifest": b"LANC", ".arrow": b"ARROW1"}
 _SPARE = 1000  # lines on files that are gone, up to which the list is left as it is
 _PART = 1 << 20
+_LOOKS, _PAUSE = 10, 0.1  # at a file without its end, and seconds between them
 
 
 class CutShortError(OSError):
@@ -85,7 +87,13 @@ class Ledger:
                 new[path] = _checksum(self._folder / path)
                 above = (self._folder / path).parent
                 folders |= {above, above.parent}
-        short = {path for path in new if not _has_end(self._folder / path)}
+        short = self._without_end(new)
+        for _ in range(_LOOKS):
+            if not short:
+                break
+            time.sleep(_PAUSE)  # a writer that holds no lock may be at it
+            new |= {path: _checksum(self._folder / path) for path in short if (self._folder / path).exists()}
+            short = self._without_end(short)
         if short:
             self._left = left | short
             raise CutShortError(self._folder / min(short), [self._folder / one for one in new])
@@ -97,6 +105,15 @@ class Ledger:
         elif new:
             self._append(_lines(new))
             self._known |= new
+
+    def _without_end(self, paths: Iterable[str]) -> set[str]:
+        """Give the files that do not end as files of their kind do."""
+        found = set()
+        for path in paths:
+            with suppress(FileNotFoundError):
+                if not _has_end(self._folder / path):
+                    found.add(path)
+        return found
 
     def forget(self, paths: Iterable[Path]) -> None:
         """Strike files off the list that were moved away, as others will take their names."""

@@ -235,7 +235,20 @@ def run_json(*args: str, code: int = 0, stdin: str = "") -> Any:
 
 def test_ingest_passes_its_options_on(library: Library) -> None:
     Path("docs").mkdir()
-    result = run("ingest", "docs", "-c", "contracts", "--glob", "*.md", "--workers", "3", "--prune", "--dry-run")
+    result = run(
+        "ingest",
+        "docs",
+        "-c",
+        "contracts",
+        "--glob",
+        "*.md",
+        "--workers",
+        "3",
+        "--prune",
+        "--dry-run",
+        "--ray",
+        "10.0.0.1:6379",
+    )
     assert result.exit_code == 0
     noted = library.noted("ingest")
     assert noted == {
@@ -244,6 +257,7 @@ def test_ingest_passes_its_options_on(library: Library) -> None:
         "workers": 3,
         "prune": True,
         "dry_run": True,
+        "ray": "10.0.0.1:6379",
         "progress": None,
     }
     assert library.settings.collection == "contracts"

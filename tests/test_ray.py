@@ -321,7 +321,8 @@ def test_the_command_gives_the_same_collection_on_a_ray_of_its_own(embedder: Pat
         )
         assert ran.returncode == 3, ran.stderr
         reports.append({**json.loads(ran.stdout), "collection": "", "seconds": 0})
-        assert ran.stderr == ""
+        told = [line for line in ran.stderr.splitlines() if "waiting for a free worker" not in line]  # a busy machine
+        assert told == []
     assert reports[0] == reports[1]
     settings = Settings(home=tmp_path / "home", embedder=str(embedder))
     one, many = (library.open(name, settings=settings).tier() for name in ("one", "many"))
@@ -330,6 +331,7 @@ def test_the_command_gives_the_same_collection_on_a_ray_of_its_own(embedder: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray's own data library
 def test_the_tables_can_be_read_by_lance_ray(
     cluster: str, tiers: tuple[LongTermTier, LongTermTier], docs: Path
 ) -> None:
