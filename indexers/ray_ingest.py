@@ -1,8 +1,8 @@
 """An ingest whose files are read and whose texts are embedded on a Ray cluster; this process plans and commits.
 
-The workers get paths, not files, and
-texts in the very batches that one process would embed; what they give back is taken in the order of the files. So the
-one way of committing (`pipeline`) is left as it is, and what it promises holds: see docs/decisions/0011-ray.md.
+The workers get paths, not files, and texts in the very batches that one process would embed; what they give back is
+taken in the order of the files. So the one way of committing (`pipeline`) is left as it is, and what it promises holds:
+see docs/decisions/0011-ray.md.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from types import TracebackType
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 from l2m_rag.errors import IncompatibleError, L2MError, LoadError, Reason
 from l2m_rag.indexers.ray_cluster import check_reachable, connect, import_ray, said, shares
@@ -125,7 +124,7 @@ class _Call:
 
 
 class RayWorkers:
-    """The workers of a Ray cluster; a context manager, which lets go of them at its end.
+    """The workers of a Ray cluster, until `close`.
 
     Args:
         address: `local` starts a Ray on this machine; `auto`, `HOST:PORT` or `ray://HOST:PORT` is a running one.
@@ -152,14 +151,6 @@ class RayWorkers:
         self._starting: dict[Any, _Place] = {}  # reference to the answer to `introduce` -> who gives it
         self._serving: list[_Place] = []
         self._deaths = 0  # of workers, since one last answered
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def start(self, fingerprint: str) -> None:
         """Connect and ask for workers, if that has not been done.

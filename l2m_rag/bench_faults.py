@@ -74,7 +74,7 @@ def faults(
     """
     if sys.platform != "linux":
         raise UsageError(f"bench faults needs Linux; this is {sys.platform}")
-    with tempfile.TemporaryDirectory(prefix="l2m-faults-") as scratch, _worker(Path(scratch)) as worker:
+    with tempfile.TemporaryDirectory(prefix="l2m-faults-") as scratch, _Worker(Path(scratch)) as worker:
         calls = worker.ask("run", "count", 0)["seen"]
         counted: Counter[str] = Counter()
         trials = [("run", "kill", number) for number in _spread(points, calls)]
@@ -110,13 +110,13 @@ def _spread(count: int, calls: int) -> list[int]:
 
 
 # -- the worker --------------------------------------------------------------------------------------------------------
-class _worker:  # noqa: N801 - it reads like a function
+class _Worker:
     """The process that forks a child for each trial, with the library that counts in front of the C library."""
 
     def __init__(self, scratch: Path) -> None:
         self._scratch = scratch
 
-    def __enter__(self) -> _worker:
+    def __enter__(self) -> _Worker:
         library = _compiled(self._scratch)
         command = [sys.executable, "-W", "ignore", "-c", "from l2m_rag.bench_faults import serve; serve()"]
         environment = {**os.environ, "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"}
@@ -182,8 +182,8 @@ def _in_child(work: Callable[[Callable[[object], None]], object]) -> list[Any]:
             os.close(reading)
             work(lambda value: _say(writing, value))
             code = 0
-        except BaseException as error:
-            _say(writing, {"error": type(error).__name__, "text": traceback.format_exc()})
+        except BaseException:
+            _say(writing, {"text": traceback.format_exc()})
         finally:
             os._exit(code)
     os.close(writing)
@@ -279,8 +279,7 @@ def _run(library: Any, place: Path, trial: str, fault: str, number: int) -> dict
     said = _in_child(work)
     done = max((one for one in said[:-1] if isinstance(one, int)), default=0)
     seen = next((one["seen"] for one in said[:-1] if isinstance(one, dict) and "seen" in one), 0)
-    failed = next((one["error"] for one in said[:-1] if isinstance(one, dict) and "error" in one), None)
-    return {"seen": seen, "done": done, "error": failed, "outcomes": _judge(place, done)}
+    return {"seen": seen, "outcomes": _judge(place, done)}
 
 
 def _judge(place: Path, done: int) -> list[str]:

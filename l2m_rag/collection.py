@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -139,7 +139,7 @@ class Collection:
             work = pipeline.plan(paths, tier.store if tier else None, limits, glob=glob, prune=prune)
             return pipeline.foretell(self.name, work, tier.store.documents() if tier else {})
         with ExitStack() as stack:
-            workers_of_ray = stack.enter_context(self._ray_workers(ray, limits)) if ray is not None else None
+            workers_of_ray = stack.enter_context(closing(self._ray_workers(ray, limits))) if ray is not None else None
             if not self.exists():
                 if not pipeline.plan(paths, None, limits, glob=glob).todo:
                     return pipeline.IngestReport(self.name)  # nothing to read: no collection is made for it

@@ -7,6 +7,7 @@ that flips is read as if it were right. Its files are written once and never cha
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import time
@@ -14,10 +15,10 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-_CHANGING = {
-    "latest_version_hint.json"
-}  # the one file that Lance writes again; what it says is only where to look first
+# the one file that Lance writes again; it only says where to look first
+_CHANGING = {"latest_version_hint.json"}
 _ENDINGS = {".lance": b"LANC", ".manifest": b"LANC", ".arrow": b"ARROW1"}
 _SPARE = 1000  # lines on files that are gone, up to which the list is left as it is
 _PART = 1 << 20
@@ -214,14 +215,22 @@ def fsync(path: str | Path) -> None:
         os.close(descriptor)
 
 
+def digest(facts: dict[str, Any]) -> str:
+    """Give the SHA-256 of what JSON can hold, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file so that it is there whole or not at all, also after a power cut."""
     write_bytes(path, json.dumps(value, indent=1).encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all, also after a power cut."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    """Write a file so that it is there whole or not at all, also after a power cut.
+
+    One process writes at a time, which holds the lock, so what a killed one has left is written over by the next.
+    """
+    scratch = path.with_name(f".{path.name}.new")
     try:
         with scratch.open("wb") as stream:
             stream.write(content)

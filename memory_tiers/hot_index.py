@@ -27,6 +27,7 @@ import faiss as _faiss
 import numpy as np
 
 from l2m_rag.errors import UsageError
+from l2m_rag.memory_tiers.disk import digest
 from l2m_rag.memory_tiers.hot_chunks import HotChunks, write_chunks
 from l2m_rag.memory_tiers.lance_store import LanceStore, RowIds, Scores, Vector, Vectors
 
@@ -272,7 +273,7 @@ def _save(index: HotIndex, folder: Path, store: LanceStore, key: dict[str, Any])
             with path.open("rb") as stream:
                 files[path.name] = _sha256(stream)
         key = {**key, "files": files}
-        (scratch / "cache.json").write_text(json.dumps({**key, "digest": _digest(key)}))
+        (scratch / "cache.json").write_text(json.dumps({**key, "digest": digest(key)}))
         with (scratch / "chunks.arrow").open("rb") as stream:
             chunks = HotChunks(stream)
         old = scratch.with_suffix(".old")
@@ -299,12 +300,12 @@ def _load(folder: Path, embedder: str, dimension: int) -> tuple[HotIndex, dict[s
     """Read the cache and the state of the table that it was made of; None when there is none that fits."""
     try:
         key = json.loads((folder / "cache.json").read_text())
-        intact = key.pop("digest") == _digest(key)
+        intact = key.pop("digest") == digest(key)
         if intact and (key["format"] != _FORMAT or key["embedder"] != embedder):
             return None
         with ExitStack() as stack:  # opened once, so that what was checked is what is read, also if it is replaced
             streams = {name: stack.enter_context((folder / name).open("rb")) for name in key["files"]}
-            if not intact or any(_sha256(streams[name]) != digest for name, digest in key["files"].items()):
+            if not intact or any(_sha256(streams[name]) != told for name, told in key["files"].items()):
                 logger.warning("the hot index in %s is damaged and is built again", folder)
                 return None
             for stream in streams.values():
@@ -329,10 +330,6 @@ def _load(folder: Path, embedder: str, dimension: int) -> tuple[HotIndex, dict[s
         if folder.exists():
             logger.warning("the hot index in %s cannot be read and is built again: %s", folder, error)
         return None
-
-
-def _digest(key: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(stream: BufferedReader) -> str:

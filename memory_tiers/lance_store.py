@@ -372,7 +372,7 @@ class LanceStore:
         self.put_documents(list(self.documents().values()))
 
     def rewrite(self) -> None:
-        """Write both tables anew from what can be read of them, and drop all files from before."""
+        """Write both tables and the text index anew from what can be read of them, and drop all files from before."""
         tables = self.to_arrow()
         with self._committing():
             for name, table in tables.items():

@@ -7,7 +7,6 @@ default fusion adds the cosine and the BM25 score scaled by the best BM25 score 
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 import json
 import os
@@ -25,7 +24,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from l2m_rag.errors import CollectionNotFound, CorruptError, IncompatibleError, LockedError, UsageError
-from l2m_rag.memory_tiers.disk import write_json
+from l2m_rag.memory_tiers.disk import digest, write_json
 from l2m_rag.memory_tiers.hot_index import HotIndex, open_hot_index
 from l2m_rag.memory_tiers.lance_store import LanceStore, RowIds, Scores, Vector, Vectors
 from l2m_rag.memory_tiers.records import Chunk, DocumentRow, Passage
@@ -227,7 +226,8 @@ class LongTermTier:
         if altered:
             self.store.rewrite()
             done.append(f"wrote the tables anew, as {len(altered)} of their files had been altered or cut short")
-        self.store.rebuild_text_index()
+        else:
+            self.store.rebuild_text_index()
         self._index_anew()
         return [*done, "built the search indexes again"]
 
@@ -409,11 +409,7 @@ def create_tier(folder: Path, manifest: Manifest) -> LongTermTier:
 
 def _write_manifest(folder: Path, manifest: Manifest) -> None:
     found = asdict(replace(manifest, format=FORMAT))
-    write_json(folder / "manifest.json", {**found, "digest": _digest(found)})
-
-
-def _digest(manifest: dict[str, object]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    write_json(folder / "manifest.json", {**found, "digest": digest(found)})
 
 
 def migrate(folder: Path) -> int:
@@ -455,8 +451,8 @@ def read_manifest(folder: Path) -> Manifest:
                 f"collection {folder.name!r} has format {found['format']}; this version reads up to {FORMAT}. "
                 f"Upgrade l2m-rag"
             )
-        digest = found.pop("digest", None)
-        if digest != (None if found["format"] == 1 else _digest(found)):
+        told = found.pop("digest", None)
+        if told != (None if found["format"] == 1 else digest(found)):
             raise ValueError("it has been altered")
         return Manifest(**found)
     except FileNotFoundError:

@@ -24,7 +24,7 @@ import pyarrow as pa
 
 from l2m_rag.errors import CorruptError, IncompatibleError, UsageError
 from l2m_rag.memory_tiers import lance_store as lance
-from l2m_rag.memory_tiers.disk import Ledger, fsync, write_json
+from l2m_rag.memory_tiers.disk import Ledger, write_json
 from l2m_rag.memory_tiers.lance_store import RowIds, Scores, Vector, Vectors
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -564,7 +564,6 @@ def _read_pin(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _write_pin(folder: Path, pinned: dict[str, dict[str, Any]]) -> None:
     write_json(folder / "states.json", pinned)
-    fsync(folder)
 
 
 def _check_name(kind: str, name: str) -> None:

@@ -360,6 +360,7 @@ CREATION = [
     "lancedb.db:LanceDBConnection.create_table:1:after",
     "lancedb.table:LanceTable.set_unenforced_primary_key:2:before",
     "lancedb.table:LanceTable.create_index:1:after",
+    "os:fsync:1:before",  # the owner of the lock is half written
     "l2m_rag.memory_tiers.long_term:write_json:2:before",
     "l2m_rag.memory_tiers.long_term:write_json:2:after",
 ]
@@ -369,7 +370,7 @@ WORKING = [
     f"{STORE}.put_documents:3:after",
     f"{STORE}.optimize:1:during",
     "l2m_rag.memory_tiers.hot_index:_faiss_index:1:after",
-    "l2m_rag.memory_tiers.hot_index:_digest:1:before",
+    "l2m_rag.memory_tiers.hot_index:digest:1:before",
     "l2m_rag.memory_tiers.hot_index:_save:1:after",
 ]
 REPLACING = [

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -101,7 +102,7 @@ def run_on(
     **options: Any,
 ) -> IngestReport:
     """Ingest with two workers."""
-    with RayWorkers(address, load, limits, threads=1) as workers:
+    with closing(RayWorkers(address, load, limits, threads=1)) as workers:
         work = plan(paths, tier.store, limits, **options)
         workers.start(fingerprint)
         return pipeline.ingest("x", work, tier, unused, limits, progress, workforce=workers)
