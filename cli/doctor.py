@@ -90,6 +90,7 @@ def _checks(settings: Settings) -> list[tuple[str, Callable[[], str]]]:
         ("home", lambda: _home(settings)),
         ("disk", lambda: _disk(settings)),
         ("torch", _torch),
+        ("faiss", _faiss),
         ("store and index", lambda: _store(settings)),
     ]
     for name in _default_weights(settings):
@@ -145,11 +146,24 @@ def _torch() -> str:
     return f"{torch.__version__}, {torch.get_num_threads()} threads, {bf16}, {gpu}"
 
 
+def _faiss() -> str:
+    from l2m_rag.memory_tiers.nearest import installed_faiss, loaded_faiss
+
+    installed = installed_faiss()
+    if len(installed) > 1:
+        wanted = next(package for package in installed if package != "faiss-cpu")
+        raise _FailedCheckError(
+            f"{' and '.join(installed)} are installed and write over each other's files; keep one of them: "
+            f"pip uninstall {' '.join(installed)}, then pip install --no-deps {wanted}"
+        )
+    return loaded_faiss()
+
+
 def _store(settings: Settings) -> str:
     """Write three chunks into a new LanceDB table, reads them back and finds the right one through FAISS."""
     import numpy as np
 
-    from l2m_rag.memory_tiers.hot_index import loaded_faiss, open_hot_index
+    from l2m_rag.memory_tiers.hot_index import open_hot_index
     from l2m_rag.memory_tiers.lance_store import LanceStore
     from l2m_rag.memory_tiers.records import Chunk
 
@@ -165,8 +179,8 @@ def _store(settings: Settings) -> str:
         rows, scores = index.search(vectors[1], 1)
         found = store.fetch(rows.tolist())
         if [chunk.text for chunk in found] != ["b"] or abs(float(scores[0]) - 1) > 1e-3:
-            raise _FailedCheckError(f"{loaded_faiss()} finds {[chunk.text for chunk in found]} in place of ['b']")
-    return f"rows written, read and found; {loaded_faiss()}"
+            raise _FailedCheckError(f"FAISS finds {[chunk.text for chunk in found]} in place of ['b']")
+    return "rows written, read and found"
 
 
 def _default_weights(settings: Settings) -> list[str]:

@@ -279,7 +279,7 @@ def search(
     rows: Annotated[int, typer.Option(min=1000, metavar="N", help="Chunks in the store.")] = 100_000,
     as_json: Json = False,
 ) -> None:
-    """Measure searches over a store of made-up chunks, beside raw FAISS on the same vectors.
+    """Measure searches over a store of made-up chunks, by meaning and by words.
 
     Examples:
       l2m bench search
@@ -290,6 +290,38 @@ def search(
     settings = settings_of(ctx)
     fetch(ctx, settings, as_json=as_json, decoder=False)
     _say_figures(bench.search(rows, settings, told=remarks(ctx)), as_json)
+
+
+@bench_app.command(cls=Command)
+def tier(
+    ctx: typer.Context,
+    rows: Annotated[
+        list[int] | None, typer.Option(min=1000, metavar="N", help="Rows to search; can be given more than once.")
+    ] = None,
+    questions: Annotated[int, typer.Option(min=1, metavar="N", help="Questions to each.")] = 400,
+    commits: Annotated[int, typer.Option(min=1, metavar="N", help="Commits of 1,000 rows.")] = 20,
+    as_json: Json = False,
+) -> None:
+    """Measure the long-term tier beside raw FAISS and LanceDB on the same vectors.
+
+    Searches are over 10,000, 50,000 and 500,000 rows by default, which takes some minutes and 4 GB of memory.
+
+    Examples:
+      l2m bench tier --json
+      l2m bench tier --rows 1000000
+    """
+    from l2m_rag import bench_tier
+
+    sizes = tuple(rows) if rows else (10_000, 50_000, 500_000)
+    measured = bench_tier.tier(sizes, questions=questions, commits=commits, told=remarks(ctx))
+    if as_json:
+        output.say_json(measured)
+        return
+    for name, figures in measured.items():
+        if isinstance(figures, dict):
+            output.say(f"{name}: {', '.join(f'{key} {value}' for key, value in figures.items() if value is not None)}")
+        else:
+            output.say(f"{name}: {figures}")
 
 
 @bench_app.command(cls=Command)

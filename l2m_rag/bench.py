@@ -22,7 +22,7 @@ import numpy as np
 
 from l2m_rag.collection import Collection
 from l2m_rag.errors import L2MError, UsageError
-from l2m_rag.memory_tiers.hot_index import PROBES, HotIndex
+from l2m_rag.memory_tiers.hot_index import HotIndex
 from l2m_rag.memory_tiers.lance_store import LanceStore, Vectors
 from l2m_rag.memory_tiers.records import Chunk
 from l2m_rag.models import load_embedder, load_language_model
@@ -210,11 +210,11 @@ def _measure_encode(collection: Collection, folder: Path) -> dict[str, Any]:
 
 # -- search ------------------------------------------------------------------------------------------------------------
 def search(rows: int, settings: Settings, *, questions: int = 200, told: Told = lambda text: None) -> dict[str, Any]:
-    """Measure searches over a store of `rows` chunks with made vectors, beside raw FAISS on the same vectors.
+    """Measure searches over a store of `rows` chunks with made vectors.
 
     Vectors are made (spectrum i^-0.9, topics of about 20 rows, as sentence embeddings have it), and so are texts. What
     is timed in turn: the embedding of the question, hybrid search (embedding included), dense and full-text search (of
-    a given vector); then, by themselves, the hot index and raw FAISS on the same index for as many results.
+    a given vector). `bench_tier` has the hot index beside raw FAISS.
     """
     if rows < 1000:
         raise UsageError(f"--rows ({rows}) must be at least 1,000")
@@ -235,10 +235,8 @@ def search(rows: int, settings: Settings, *, questions: int = 200, told: Told = 
         tier.store.index_text(0)
         hot = tier.hot_index()
         built = time.perf_counter() - began
-        if not hot.exact:
-            hot.index.nprobe = PROBES  # what a bare `index.search` takes; ours are passed with each search
         told("searching")
-        queries = _query_vectors(rows, questions, model.dimension)
+        queries = query_vectors(rows, questions, model.dimension)
         words = [" ".join(texts[number % len(texts)].split()[3:11]) for number in range(0, 37 * questions, 37)]
         ways: dict[str, Callable[[str, Vectors], object]] = {
             "embed": lambda question, vector: model.encode([question]),
@@ -247,11 +245,6 @@ def search(rows: int, settings: Settings, *, questions: int = 200, told: Told = 
             "text": lambda question, vector: tier.search(question, None, 10, mode="text"),
         }
         times = _take_turns(ways, words, queries)
-        alone: dict[str, Callable[[str, Vectors], object]] = {
-            "hot": lambda question, vector: hot.search(vector, 10),
-            "raw_faiss": lambda question, vector: hot.index.search(vector[None], 10),
-        }
-        times |= _take_turns(alone, words, queries)
         recall = _recall(hot, queries)
     middle = {name: round(statistics.median(found), 3) for name, found in times.items()}
     return {
@@ -261,7 +254,6 @@ def search(rows: int, settings: Settings, *, questions: int = 200, told: Told = 
         **{f"{name}_p50_ms": value for name, value in middle.items()},
         "hybrid_above_embed_ms": round(middle["hybrid"] - middle["embed"], 3),
         "hybrid_p95_ms": round(float(np.percentile(times["hybrid"], 95)), 3),
-        "hot_to_raw_faiss": round(middle["hot"] / middle["raw_faiss"], 2),
         "hot_recall_10": recall,
         "index": "exact fp16" if hot.exact else "IVF, 8 bit, exact re-rank",
     }
@@ -289,7 +281,7 @@ def made_vectors(rows: int, dimension: int, seed: int = 0) -> Vectors:
     return _unit(_documents(rows, dimension)[number // _ROWS_PER_DOCUMENT] + _noise(draw, rows, dimension))
 
 
-def _query_vectors(rows: int, count: int, dimension: int) -> Vectors:
+def query_vectors(rows: int, count: int, dimension: int) -> Vectors:
     """Make vectors of chunks that might have stood in the documents of `made_vectors`."""
     draw = np.random.default_rng(1)
     documents = _documents(rows, dimension)
@@ -334,10 +326,10 @@ def _fill(store: LanceStore, texts: Sequence[str], vectors: Vectors) -> None:
 
 def _recall(hot: HotIndex, queries: Vectors) -> float:
     """Give the share of the true ten nearest rows that the hot index finds."""
-    vectors = hot.vectors.astype(np.float32)
+    vectors = hot.rows.vectors.astype(np.float32)
     found = 0
     for query in queries:
-        truth = set(hot.row_ids[np.argsort(-(vectors @ query), kind="stable")[:10]].tolist())
+        truth = set(hot.rows.ids[np.argsort(-(vectors @ query), kind="stable")[:10]].tolist())
         found += len(truth & set(hot.search(query, 10)[0].tolist()))
     return round(found / (10 * len(queries)), 4)
 

@@ -31,7 +31,7 @@ from typing import Any, Literal
 import numpy as np
 
 from l2m_rag.errors import L2MError, UsageError
-from l2m_rag.memory_tiers import hot_index
+from l2m_rag.memory_tiers import nearest
 from l2m_rag.memory_tiers.in_memory import InMemoryTier
 from l2m_rag.memory_tiers.lance_store import Vectors
 from l2m_rag.memory_tiers.long_term import LongTermTier, Manifest, Tier, create_tier
@@ -160,7 +160,7 @@ def _compiled(scratch: Path) -> Path:
 def serve() -> None:
     """Do trials that are asked for on stdin, a line of JSON each; the other side of `faults`."""
     scratch, library = Path(sys.argv[1]), ctypes.CDLL(sys.argv[2])
-    hot_index.EXACT_BELOW = 100  # so that what is trained and saved is an IVF index too
+    nearest.EXACT_UP_TO = 100  # so that what is trained and saved is an IVF index too
     trials = {"run": _run, "flip": _damage, "cut": _damage, "race": _race}
     _in_child(lambda say: _make_base(scratch))
     for line in sys.stdin:

@@ -1,10 +1,10 @@
 """The hot index: dense search in memory over the embeddings of a collection.
 
 It is a disposable cache of the Lance table, keyed by table version and embedder, and never trusted over the
-table: its files carry checksums, and one that does not fit is built again. Below 50,000 rows the search is exact
-(FAISS, fp16 flat); above, FAISS IVF with 8-bit codes finds candidates that are scored again from fp16. Rows written
-since the index was built are searched exactly, rows deleted since are passed over, until so many have changed that
-it is built anew. Rows of equal score are ordered by row id, so that no chance decides among copies of a text.
+table: its files carry checksums, and one that does not fit is built again. What finds candidates is in `nearest`; they
+are scored again from fp16. Rows written since the index was built are searched exactly, rows deleted since are passed
+over, until so many have changed that it is built anew. Rows of equal score are ordered by row id, so that no chance
+decides among copies of a text.
 """
 
 from __future__ import annotations
@@ -12,66 +12,142 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 import tempfile
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-import faiss as _faiss
 import numpy as np
 
 from l2m_rag.errors import UsageError
+from l2m_rag.memory_tiers import nearest
 from l2m_rag.memory_tiers.disk import digest
 from l2m_rag.memory_tiers.hot_chunks import HotChunks, write_chunks
 from l2m_rag.memory_tiers.lance_store import LanceStore, RowIds, Scores, Vector, Vectors
+from l2m_rag.memory_tiers.nearest import TIE, Halves, Lists, Mask, Nearest
 
-faiss: Any = _faiss  # its stubs lack the keyword arguments of its search parameters
 logger = logging.getLogger(__name__)
 
-Mask = np.ndarray[tuple[int], np.dtype[np.bool_]]
-
-EXACT_BELOW = 50_000  # rows: an exact fp16 scan takes at most about 1.4 ms up to here
-PROBES = 32
-_TRAIN_PER_LIST = 64  # FAISS asks for at least 39 training vectors a list
 _FORMAT = 3
-_TIE = 1e-5  # scores that differ by less may be those of equal vectors
+_SPARE = 4096
 ABANDONED = 600.0  # seconds after which a scratch folder is taken for left behind
-_LIMITS = {"set_deserialization_vector_byte_limit": 1 << 36, "set_deserialization_loop_limit": 1 << 24}
 
 
-@dataclass(slots=True)
-class HotIndex:
-    """Row ids, their vectors, and what FAISS has made of the first of them.
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of the Lance table with their vectors.
 
     Args:
-        row_ids: (N,) int64, row i of `vectors` is this row of the Lance table; the first `indexed` ascend,
-            and so do those behind.
-        vectors: (N, E) float16, unit length.
-        index: FAISS index over the first `indexed` rows.
-        indexed: number of rows inside `index`; those behind are searched exactly.
-        alive: (N,) bool, False for rows that were deleted.
-        chunks: of the first rows, mapped from the cache; None where no cache can be kept.
+        ids: (N,) int64, ascending.
+        vectors: (N, E) unit length; float16, or float32 with no more than float16 can hold.
+        alive: (N,) bool, False for rows that were deleted, or written again with another vector.
     """
 
-    row_ids: RowIds
-    vectors: np.ndarray[tuple[int, int], np.dtype[np.float16]]
-    index: Any
-    indexed: int
+    ids: RowIds
+    vectors: Halves | Vectors
     alive: Mask
-    chunks: HotChunks | None = None
     whole: bool = field(init=False)  # nothing is deleted
 
     def __post_init__(self) -> None:
-        self.whole = bool(self.alive.all())
+        object.__setattr__(self, "whole", bool(self.alive.all()))
+
+    def kept(self, allowed: RowIds | None) -> Mask | None:
+        """Say which rows are alive and allowed, ascending ids (None: all); None when that is all of them."""
+        if allowed is None:
+            return None if self.whole else self.alive
+        return self.alive & np.isin(self.ids, allowed, assume_unique=True)
+
+    def find(self, ids: RowIds) -> tuple[Mask, RowIds]:
+        """Say of each of some row ids whether it is here and alive, and where it is."""
+        if not len(self.ids):
+            return np.zeros(len(ids), dtype=np.bool_), np.zeros(len(ids), dtype=np.int64)
+        at = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
+        return (self.ids[at] == ids) & self.alive[at], at
+
+    def cosines(self, at: RowIds, query: Vector) -> Scores:
+        """Give the cosine of rows; equal vectors have equal scores, which a matrix product does not promise."""
+        scores: Scores = np.einsum("ij,j->i", self.vectors[at].astype(np.float32, copy=False), query)
+        return scores
+
+    def best(self, at: RowIds, query: Vector, k: int) -> tuple[RowIds, Scores]:
+        """Give the row ids and cosines of those of some rows among which the k best are; at most 4 k and equals."""
+        if len(at) > 4 * k + 1:  # many rows of late, or many equals: a rough look leaves few to score
+            rough = self._rough(at, query)
+            at = at[rough >= np.partition(rough, -k)[-k] - TIE]
+        return self.ids[at], self.cosines(at, query)
+
+    def _rough(self, at: RowIds, query: Vector) -> Scores:
+        if len(at) == len(self.ids) and self.vectors.dtype == np.float32:
+            rough: Scores = self.vectors @ query
+            return rough
+        parts = [at[start : start + 65_536] for start in range(0, len(at), 65_536)]
+        return np.concatenate([self.vectors[part].astype(np.float32, copy=False) @ query for part in parts])
+
+    def without(self, ids: RowIds) -> Rows:
+        """Give the rows with some of them dead."""
+        here, at = self.find(ids)
+        if not here.any():
+            return self
+        alive = self.alive.copy()
+        alive[at[here]] = False
+        return Rows(self.ids, self.vectors, alive)
+
+    def with_rows(self, ids: RowIds, vectors: Halves) -> Rows:
+        """Give the rows with others beside them, whose ids ascend and are not alive here.
+
+        Where all of them come behind, they are written into the spare room behind the arrays, which this object does
+        not look at: at each moment only the newest object may be added to.
+        """
+        old, count = len(self.ids), len(self.ids) + len(ids)
+        if old and ids[0] <= self.ids[-1]:
+            kept = np.flatnonzero(~np.isin(self.ids, ids))
+            order = np.argsort(np.concatenate([self.ids[kept], ids]), kind="stable")
+            parts = ((self.ids, ids), (self.vectors, vectors), (self.alive, np.ones(len(ids), dtype=np.bool_)))
+            return Rows(*(np.concatenate([before[kept], added])[order] for before, added in parts))
+        arrays: list[Any] = []
+        for before, added in ((self.ids, ids), (self.vectors, vectors), (self.alive, True)):
+            room = before.base
+            if room is None or len(room) < count or not before.size:
+                room = np.empty((2 * count, *before.shape[1:]), dtype=before.dtype)
+                room[:old] = before
+            room[old:count] = added
+            arrays.append(room[:count])
+        return Rows(*arrays)
+
+
+def no_rows(dimension: int) -> Rows:
+    """Give no rows, to which others can be added."""
+    return Rows(np.empty(0, np.int64), np.empty((0, dimension), np.float32), np.empty(0, np.bool_))
+
+
+@dataclass(frozen=True, slots=True)
+class HotIndex:
+    """The rows that were there when the index was built, those that came since, and what searches the first.
+
+    Args:
+        rows: that `nearest` numbers through.
+        recent: written since; a row that was written again is dead among `rows`.
+        nearest: over `rows`.
+        chunks: of `rows`, mapped from the cache; None where no cache can be kept.
+    """
+
+    rows: Rows
+    recent: Rows
+    nearest: Nearest
+    chunks: HotChunks | None = None
 
     def __len__(self) -> int:
-        return int(self.alive.sum())
+        return sum(int(part.alive.sum()) for part in (self.rows, self.recent))
+
+    @property
+    def exact(self) -> bool:
+        """Whether every row is looked at."""
+        return self.nearest.exact
 
     def search(self, query: Vector, k: int, allowed: RowIds | None = None) -> tuple[RowIds, Scores]:
         """Give the row ids and cosines of the k nearest rows, best first.
@@ -81,87 +157,64 @@ class HotIndex:
             k: at most this many; >= 1.
             allowed: ascending row ids to which the search is confined, or None for all.
         """
+        query = np.ascontiguousarray(query, dtype=np.float32)
         if not np.isfinite(query).all():
             raise UsageError("the vector to search for has entries that are not numbers")
-        if allowed is None and self.whole:  # the usual case: no filter, nothing deleted
-            rows = self._candidates(query, k, None)
-            if len(self.row_ids) > self.indexed:
-                rows = np.concatenate([rows, np.arange(self.indexed, len(self.row_ids))])
-        else:
-            keep = self.alive if allowed is None else self.alive & np.isin(self.row_ids, allowed, assume_unique=True)
-            found = self._candidates(query, k, keep[: self.indexed])
-            rows = np.concatenate([found, self.indexed + np.flatnonzero(keep[self.indexed :])])
-        if len(rows) > 4 * k + 1:  # many rows of late, or many equals: a rough look leaves few to score
-            rough = self.vectors[rows].astype(np.float32) @ query
-            rows = rows[rough >= np.partition(rough, -k)[-k] - _TIE]
-        scores = self._score(rows, query)
-        best = np.lexsort((self.row_ids[rows], -scores))[:k]
-        return self.row_ids[rows[best]], scores[best]
-
-    def _candidates(self, query: Vector, k: int, kept: Mask | None) -> RowIds:
-        """Give the rows of `index` among which the k best that are kept (None: all) are found."""
-        count = self.indexed if kept is None else int(kept.sum())
-        if self.exact:
-            rows, scores = self._ask(query, min(k + 1, count), kept)
-            if len(rows) > k and scores[k - 1] - scores[k] < _TIE:  # which of the equals come first is for us to say
-                return np.arange(self.indexed) if kept is None else np.flatnonzero(kept)
-            return rows
-        # 8 bits err little, so twice as many hold the k best; those that a filter leaves may lie far off
-        wanted = min((2 if kept is None else 4) * k, count)
-        # as many lists as hold the candidates twice over; a filter that leaves few rows spreads them over more lists
-        lists = max(PROBES, 2 * wanted * self.index.nlist // self.indexed) * self.indexed // max(count, 1)
-        rows, _ = self._ask(query, wanted, kept, min(lists, self.index.nlist))
-        if len(rows) < wanted:  # those that are left lie far from the query
-            rows, _ = self._ask(query, wanted, kept, self.index.nlist)
-        return rows
-
-    def _ask(self, query: Vector, wanted: int, kept: Mask | None, lists: int = 0) -> tuple[RowIds, Scores]:
-        """Let FAISS find the nearest rows that are kept, looking into a number of lists."""
-        if not wanted:
-            return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)
-        if kept is None:
-            parameters = None if self.exact else _lists_looked_into(lists)
-        else:
-            selector = faiss.IDSelectorBitmap(np.packbits(kept, bitorder="little"))
-            kind = faiss.SearchParameters if self.exact else partial(faiss.SearchParametersIVF, nprobe=lists)
-            parameters = kind(sel=selector)
-        scores, rows = self.index.search(query.reshape(1, -1).astype(np.float32), wanted, params=parameters)
-        found = rows[0] >= 0
-        return (rows[0], scores[0]) if found.all() else (rows[0][found], scores[0][found])
+        ids, scores = self.rows.best(self.nearest.candidates(query, k, self.rows.kept(allowed)), query, k)
+        if len(self.recent.ids):
+            kept = self.recent.kept(allowed)
+            at = np.arange(len(self.recent.ids)) if kept is None else np.flatnonzero(kept)
+            more, theirs = self.recent.best(at, query, k)
+            ids, scores = np.concatenate([ids, more]), np.concatenate([scores, theirs])
+        best = np.lexsort((ids, -scores))[:k]
+        return ids[best], scores[best]
 
     def cosines(self, row_ids: RowIds, query: Vector) -> Scores:
         """Give the cosine of a query with each of some rows; NaN for a row that is not here."""
+        query = query.astype(np.float32, copy=False)
         scores = np.full(len(row_ids), np.nan, dtype=np.float32)
-        for start, part in ((0, self.row_ids[: self.indexed]), (self.indexed, self.row_ids[self.indexed :])):
-            if len(part):
-                at = np.minimum(np.searchsorted(part, row_ids), len(part) - 1)
-                here = part[at] == row_ids
-                scores[here] = self._score(start + at[here], query)
+        for part in (self.rows, self.recent):
+            here, at = part.find(row_ids)
+            scores[here] = part.cosines(at[here], query)
         return scores
 
     def holds(self, row_ids: RowIds) -> Mask:
         """Say of each of some rows whether it is here and not deleted."""
-        here = np.zeros(len(row_ids), dtype=np.bool_)
-        for start, part in ((0, self.row_ids[: self.indexed]), (self.indexed, self.row_ids[self.indexed :])):
-            if len(part):
-                at = np.minimum(np.searchsorted(part, row_ids), len(part) - 1)
-                here |= (part[at] == row_ids) & self.alive[start + at]
-        return here
+        return self.rows.find(row_ids)[0] | self.recent.find(row_ids)[0]
 
-    @property
-    def exact(self) -> bool:
-        """Whether every row is looked at (no inverted lists)."""
-        return not hasattr(self.index, "nprobe")
+    def changed(self, written: RowIds, vectors: Vectors, gone: RowIds | None = None) -> HotIndex | None:
+        """Give the index after a change; None when so much has changed that its lists should be trained anew.
 
-    def _score(self, rows: RowIds, query: Vector) -> Scores:
-        """Give the cosine of rows; equal vectors have equal scores, which a matrix product does not promise."""
-        scores: Scores = np.einsum("ij,j->i", self.vectors[rows].astype(np.float32), query.astype(np.float32))
-        return scores
+        Args:
+            written: (N,) int64 row ids, ascending, inserted or replaced.
+            vectors: (N, E) float32, theirs.
+            gone: row ids that were deleted.
+        """
+        halves = vectors.astype(np.float16)
+        again, at = self.rows.find(written)  # mostly with another number in its document, and its old embedding
+        again[again] = (self.rows.vectors[at[again]] == halves[again]).all(axis=1)
+        if self.chunks:
+            self.chunks.forget(written.tolist())
+        new = written[~again]
+        rows, recent = self.rows.without(new), self.recent
+        if gone is not None:
+            rows, recent = rows.without(gone), recent.without(gone)
+        if len(new):
+            recent = recent.with_rows(new, halves[~again])
+        if len(recent.ids) + int((~rows.alive).sum()) > _spare(rows):
+            return self._merged(rows, recent) if self.exact else None
+        return HotIndex(rows, recent, self.nearest, self.chunks)
 
-
-@lru_cache(maxsize=64)
-def _lists_looked_into(lists: int) -> Any:
-    return faiss.SearchParametersIVF(nprobe=lists)
+    def _merged(self, rows: Rows, recent: Rows) -> HotIndex:
+        """Give an index over both, which costs nothing but a copy where no lists are trained."""
+        parts = rows, recent
+        ids = np.concatenate([part.ids[part.alive] for part in parts])
+        vectors: Halves = np.concatenate([part.vectors[part.alive].astype(np.float16, copy=False) for part in parts])
+        if np.any(ids[1:] < ids[:-1]):
+            order = np.argsort(ids)
+            ids, vectors = ids[order], vectors[order]
+        whole = Rows(ids, vectors, np.ones(len(ids), dtype=np.bool_))
+        return HotIndex(whole, no_rows(vectors.shape[1]), nearest.engine(vectors), self.chunks)
 
 
 def open_hot_index(folder: Path, store: LanceStore, embedder: str) -> HotIndex:
@@ -181,40 +234,44 @@ def open_hot_index(folder: Path, store: LanceStore, embedder: str) -> HotIndex:
             return index
         # a version that was cleaned up has no stamp any more
         if made_of < version and stamp in (key["stamp"], None) and key["commits_lost"] == store.commits_lost:
-            caught_up = _catch_up(index, made_of, store)
+            caught_up = catch_up(index, made_of, store)
             if caught_up is not None:
                 return caught_up
     index = _build(store)
     state = {"version": version, "stamp": store.stamp(version), "commits_lost": store.commits_lost}
-    index.chunks = _save(index, folder, store, {"format": _FORMAT, "embedder": embedder, **state})
-    return index
+    chunks = _save(index, folder, store, {"format": _FORMAT, "embedder": embedder, **state})
+    return HotIndex(index.rows, index.recent, index.nearest, chunks)
 
 
-def _catch_up(index: HotIndex, made_of: int, store: LanceStore) -> HotIndex | None:
-    """Add the rows written and mark the rows deleted since a version; None when too many have changed."""
-    now = store.row_ids()
-    added = np.setdiff1d(now, index.row_ids, assume_unique=True)
-    alive = np.isin(index.row_ids, now, assume_unique=True)
-    written = np.setdiff1d(store.changed_since(made_of), added, assume_unique=True)
-    if len(added) + len(written) + int((~alive).sum()) > max(1000, len(index.row_ids) // 10):
+def catch_up(
+    index: HotIndex, made_of: int, store: LanceStore, known: Mapping[str, Vector] | None = None
+) -> HotIndex | None:
+    """Bring an index from an older version to the present one; None when too much has changed.
+
+    Args:
+        index: of the older version.
+        made_of: that version.
+        store: the truth.
+        known: vectors by id that need not be read.
+    """
+    written, names = store.changed_since(made_of)
+    if len(written) > _spare(index.rows):
         return None
-    # a row that was written again has mostly got another number in its document, and its old embedding
-    at = np.searchsorted(index.row_ids, written)
-    if len(written) and not np.array_equal(store.vectors(written).astype(np.float16), index.vectors[at]):
-        return None
-    if index.chunks:
-        index.chunks.forget(written.tolist())
-    vectors = index.vectors
-    if len(added):
-        vectors = np.concatenate([vectors, store.vectors(added).astype(np.float16)])
-    return HotIndex(
-        row_ids=np.concatenate([index.row_ids, added]),
-        vectors=vectors,
-        index=index.index,
-        indexed=index.indexed,
-        alive=np.concatenate([alive, np.ones(len(added), dtype=np.bool_)]),
-        chunks=index.chunks,
-    )
+    fresh = written[~index.holds(written)]
+    gone = None
+    if len(index) + len(fresh) != store.count_chunks():
+        before = np.concatenate([part.ids[part.alive] for part in (index.rows, index.recent)])
+        gone = np.setdiff1d(before, store.row_ids(), assume_unique=True)
+    if names and known and all(name in known for name in names):
+        vectors: Vectors = np.stack([known[name] for name in names])
+    else:
+        vectors = store.vectors(written)
+    return index.changed(written, vectors, gone)
+
+
+def _spare(rows: Rows) -> int:
+    """Give how many rows may be searched beside an index, or passed over in it."""
+    return max(_SPARE, len(rows.ids) // 10)
 
 
 def _build(store: LanceStore) -> HotIndex:
@@ -228,26 +285,8 @@ def _build(store: LanceStore) -> HotIndex:
         done += len(ids)
     order = np.argsort(row_ids[:done], kind="stable")
     row_ids, vectors = row_ids[order], vectors[order]
-    return HotIndex(row_ids, vectors, _faiss_index(vectors), done, np.ones(done, dtype=np.bool_))
-
-
-def _faiss_index(vectors: np.ndarray[tuple[int, int], np.dtype[np.float16]]) -> Any:
-    """Give an exact fp16 index; from `EXACT_BELOW` rows on IVF with 8-bit codes (about 4 sqrt(N) lists)."""
-    count, dimension = vectors.shape
-    if count < EXACT_BELOW:
-        index = faiss.IndexScalarQuantizer(dimension, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
-    else:
-        lists = 1 << round(np.log2(4 * count**0.5))
-        index = faiss.index_factory(dimension, f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT)
-        sample = np.random.default_rng(0).choice(count, min(count, lists * _TRAIN_PER_LIST), replace=False)
-        index.train(_float32(vectors[np.sort(sample)]))
-    for start in range(0, count, 65_536):
-        index.add(_float32(vectors[start : start + 65_536]))
-    return index
-
-
-def _float32(vectors: np.ndarray[Any, np.dtype[np.float16]]) -> Vectors:
-    return np.ascontiguousarray(vectors, dtype=np.float32)
+    rows = Rows(row_ids, vectors, np.ones(done, dtype=np.bool_))
+    return HotIndex(rows, no_rows(store.dimension), nearest.engine(vectors))
 
 
 def _save(index: HotIndex, folder: Path, store: LanceStore, key: dict[str, Any]) -> HotChunks | None:
@@ -263,10 +302,10 @@ def _save(index: HotIndex, folder: Path, store: LanceStore, key: dict[str, Any])
         logger.info("no hot index is kept in %s: %s", folder, error)
         return None
     try:
-        index.row_ids.tofile(scratch / "rows.i64")
-        index.vectors.tofile(scratch / "vectors.f16")
-        if hasattr(index.index, "nprobe"):
-            faiss.write_index(index.index, str(scratch / "ivf.faiss"))
+        index.rows.ids.tofile(scratch / "rows.i64")
+        index.rows.vectors.tofile(scratch / "vectors.f16")
+        if isinstance(index.nearest, Lists):
+            index.nearest.save(scratch / "ivf.faiss")
         write_chunks(scratch / "chunks.arrow", store)
         files = {}
         for path in sorted(scratch.iterdir()):
@@ -316,16 +355,13 @@ def _load(folder: Path, embedder: str, dimension: int) -> tuple[HotIndex, dict[s
             if count:
                 mapped = np.memmap(streams["vectors.f16"], dtype=np.float16, mode="r", shape=(count, dimension))
                 vectors = mapped.view(np.ndarray)  # the same bytes; the class costs 10 us a look-up
-            if "ivf.faiss" in streams:
-                for limit, value in _LIMITS.items():
-                    getattr(faiss, limit)(value)
-                index = faiss.read_index(faiss.PyCallbackIOReader(streams["ivf.faiss"].read))
-            else:
-                index = _faiss_index(vectors)
+            lists = streams.get("ivf.faiss")
+            found = nearest.engine(vectors, lists.read if lists else None)
             chunks = HotChunks(streams["chunks.arrow"])
-        if index.ntotal != count or index.d != dimension:
+        if len(found) != count:
             return None
-        return HotIndex(row_ids, vectors, index, count, np.ones(count, dtype=np.bool_), chunks), key
+        rows = Rows(row_ids, vectors, np.ones(count, dtype=np.bool_))
+        return HotIndex(rows, no_rows(dimension), found, chunks), key
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         if folder.exists():
             logger.warning("the hot index in %s cannot be read and is built again: %s", folder, error)
@@ -334,9 +370,3 @@ def _load(folder: Path, embedder: str, dimension: int) -> tuple[HotIndex, dict[s
 
 def _sha256(stream: BufferedReader) -> str:
     return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def loaded_faiss() -> str:
-    """Say which FAISS is loaded, its version and whether it has a GPU."""
-    gpus = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
-    return f"faiss {faiss.__version__} ({f'{gpus} GPU' if gpus else 'CPU'}, {os.path.dirname(faiss.__file__)})"

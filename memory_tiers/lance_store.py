@@ -20,6 +20,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, fields
 from datetime import timedelta
 from itertools import takewhile
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,8 +66,12 @@ _DOCUMENTS = pa.schema(
 )
 _TABLES = ("documents", "chunks")
 _CHUNK_COLUMNS = ["id", "document", "ordinal", "page", "heading", "start", "end", "text", "metadata"]
+_WHOLE = [*_CHUNK_COLUMNS, "embedding", "crc"]  # what the checksum of a row is of, and the checksum
 _FOR_EVER = timedelta(days=36_500)
 _IN_LIST = 500  # names a filter may list: DataFusion plans long lists slowly
+
+
+_columns = attrgetter(*(name for name in _CHUNK_COLUMNS if name != "metadata"))
 
 
 def _chunks_schema(dimension: int) -> pa.Schema:
@@ -162,7 +167,9 @@ class LanceStore:
         if len(last) < len(chunks):  # a merge tells rows from those of the table only, not from one another
             chunks, vectors = [chunks[row] for row in last], vectors[last]
         flat = np.ascontiguousarray(vectors, dtype=np.float32)
-        facts = [json.dumps(_storable(chunk.metadata), ensure_ascii=False) for chunk in chunks]
+        facts = [
+            json.dumps(_storable(chunk.metadata), ensure_ascii=False) if chunk.metadata else "{}" for chunk in chunks
+        ]
         columns = {
             **{name: [getattr(chunk, name) for chunk in chunks] for name in _CHUNK_COLUMNS if name != "metadata"},
             "metadata": pa.ExtensionArray.from_storage(pa.json_(), pa.array(facts, pa.string())),
@@ -193,13 +200,13 @@ class LanceStore:
 
     def chunks_named(self, ids: Sequence[str]) -> list[Chunk]:
         """Give the chunks of those ids that are there, in any order."""
-        tables = [self._scan(_CHUNK_COLUMNS, f"id IN ({names})") for names in sql_lists(ids)]
-        return [chunk_of(row) for table in tables for row in table.to_pylist()]
+        tables = [self._scan(_WHOLE, f"id IN ({names})") for names in sql_lists(ids)]
+        return [chunk for table in tables for chunk in self._as_written(table).values()]
 
     def chunks_of(self, document: str) -> list[Chunk]:
         """Give the chunks of a document in the order of its text."""
-        table = self._scan(_CHUNK_COLUMNS, f"document IN ({next(sql_lists([document]))})")
-        return sorted(map(chunk_of, table.to_pylist()), key=lambda chunk: chunk.start)
+        table = self._scan(_WHOLE, f"document IN ({next(sql_lists([document]))})")
+        return sorted(self._as_written(table).values(), key=lambda chunk: chunk.start)
 
     def embeddings(self, document: str) -> dict[str, Vector]:
         """Give the embedding of each text that a chunk of a document has."""
@@ -219,12 +226,17 @@ class LanceStore:
         """Give the row ids of all chunks, or of those that a filter of the user keeps, ascending."""
         return self._filtered(self._scan_ids, where)
 
-    def changed_since(self, version: int) -> RowIds:
-        """Give the row ids of the chunks that were written after a version, ascending."""
-        return self._scan_ids(f"_row_last_updated_at_version > {version}")
+    def changed_since(self, version: int) -> tuple[RowIds, list[str]]:
+        """Give the row ids, ascending, and the ids of the chunks that were written after a version."""
+        table = self._scan(["id"], f"_row_last_updated_at_version > {version}", row_ids=True)
+        rows, names = table["_rowid"].to_numpy().astype(np.int64), table["id"].to_pylist()
+        order = np.argsort(rows)
+        return rows[order], [names[at] for at in order.tolist()]
 
     def vectors(self, row_ids: RowIds) -> Vectors:
         """Give the embeddings of rows, (N, dimension) float32, in the order asked for."""
+        if not len(row_ids):
+            return np.empty((0, self.dimension), np.float32)
         with self._reading():
             query = self._chunks.take_row_ids(row_ids.tolist()).with_row_id().select(["embedding"])
             table = query.to_arrow()
@@ -257,8 +269,8 @@ class LanceStore:
         if not len(row_ids):
             return []
         with self._reading():
-            table = self._chunks.take_row_ids(list(row_ids)).with_row_id().select(_CHUNK_COLUMNS).to_arrow()
-        found = {row.pop("_rowid"): chunk_of(row) for row in table.to_pylist()}
+            table = self._chunks.take_row_ids(list(row_ids)).with_row_id().select(_WHOLE).to_arrow()
+        found = dict(zip(table["_rowid"].to_pylist(), self._as_written(table).values(), strict=True))
         return [found[row] for row in row_ids if row in found]
 
     def full_text(self, text: str, k: int, where: str | None = None) -> tuple[RowIds, Scores]:
@@ -294,7 +306,8 @@ class LanceStore:
     @property
     def commits_lost(self) -> int:
         """How many commits were cut short so far; the numbers of their versions and rows were given out again."""
-        return sum(1 for _ in (self.folder / "chunks.lance" / "_versions").glob("*.manifest.*"))
+        names = self._manifests[0] if self._manifests else os.listdir(self.folder / "chunks.lance" / "_versions")
+        return sum(".manifest." in name for name in names)
 
     def cut_short(self) -> list[str]:
         """Give the manifests that were set aside when the tables were opened, and that no commit has stood in for."""
@@ -338,15 +351,10 @@ class LanceStore:
     def damaged(self) -> list[str]:
         """Give the ids of chunks whose checksum does not fit their text and embedding."""
         bad: list[str] = []
-        query = self._chunks.search().select([*_CHUNK_COLUMNS, "embedding", "crc"])
+        query = self._chunks.search().select(_WHOLE)
         with self._reading():
             for batch in query.to_batches(4096):
-                vectors = _matrix(batch.column("embedding"), self.dimension)
-                rows = batch.select([*_CHUNK_COLUMNS, "crc"]).to_pylist()
-                for row, vector in zip(rows, vectors, strict=True):
-                    crc = row.pop("crc")
-                    if not _reads(row) or _crc(chunk_of(row), vector) != crc:
-                        bad.append(row["id"])
+                bad += [one for one, chunk in self._summed(batch).items() if chunk is None]
         return bad
 
     def damaged_documents(self) -> list[str]:
@@ -414,6 +422,30 @@ class LanceStore:
         with self._committing():
             _upsert(self._chunks, chunks)
             _upsert(self._documents, documents)
+
+    def _as_written(self, table: pa.Table) -> dict[str, Chunk]:
+        """Give the chunks of whole rows by id.
+
+        Raises:
+            CorruptError: one is not what was written.
+        """
+        with self._reading():
+            found: dict[str, Chunk] = {}
+            for one, chunk in self._summed(table).items():
+                if chunk is None:
+                    raise ValueError(f"chunk {one} has been altered")
+                found[one] = chunk
+            return found
+
+    def _summed(self, rows: pa.Table | pa.RecordBatch) -> dict[str, Chunk | None]:
+        """Give the chunks of whole rows by id, None for one whose checksum differs."""
+        vectors = _matrix(rows.column("embedding"), self.dimension)
+        found: dict[str, Chunk | None] = {}
+        for row, vector in zip(rows.select([*_CHUNK_COLUMNS, "crc"]).to_pylist(), vectors, strict=True):
+            crc = row.pop("crc")
+            chunk = chunk_of(row) if _reads(row) else None
+            found[row["id"]] = chunk if chunk and _crc(chunk, vector) == crc else None
+        return found
 
     def _scan_ids(self, where: str | None) -> RowIds:
         return np.sort(self._scan(["id"], where, row_ids=True)["_rowid"].to_numpy().astype(np.int64))
@@ -608,8 +640,7 @@ def _crc(chunk: Chunk, vector: Vector) -> int:
     """Sum up a row: everything that is stored of a chunk, and its embedding."""
     facts = sorted(_storable(chunk.metadata).items())
     numbers = [[key, float(value) if type(value) is int else value] for key, value in facts]
-    row = [getattr(chunk, name) for name in _CHUNK_COLUMNS if name != "metadata"]
-    return zlib.crc32(vector.tobytes(), zlib.crc32(json.dumps([*row, numbers]).encode()))
+    return zlib.crc32(vector, zlib.crc32(json.dumps([*_columns(chunk), numbers]).encode()))  # type: ignore[arg-type]
 
 
 def _row_crc(row: DocumentRow) -> int:

@@ -14,10 +14,11 @@ import shutil
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from threading import Lock
 from typing import Literal, Protocol
 
 import numpy as np
@@ -25,7 +26,7 @@ from filelock import FileLock, Timeout
 
 from l2m_rag.errors import CollectionNotFound, CorruptError, IncompatibleError, LockedError, UsageError
 from l2m_rag.memory_tiers.disk import digest, write_json
-from l2m_rag.memory_tiers.hot_index import HotIndex, open_hot_index
+from l2m_rag.memory_tiers.hot_index import HotIndex, catch_up, open_hot_index
 from l2m_rag.memory_tiers.lance_store import LanceStore, RowIds, Scores, Vector, Vectors
 from l2m_rag.memory_tiers.records import Chunk, DocumentRow, Passage
 
@@ -122,16 +123,21 @@ class LongTermTier:
         self.manifest = read_manifest(folder)
         self.store = LanceStore(folder / "tables", self.manifest.dimension)
         self._hot: HotIndex | None = None
-        self._hot_version = -1
+        self._hot_of = (-1, -1)  # version and commits lost
+        self._changing = Lock()  # what is newest may be added to by one thread only
 
-    def hot_index(self) -> HotIndex:
-        """Give the hot index of the newest version."""
-        self.store.refresh()
-        version = self.store.version
-        if self._hot is None or self._hot_version != version:
-            self._hot = open_hot_index(self.folder / "hot", self.store, self.manifest.fingerprint)
-            self._hot_version = version
-        return self._hot
+    def hot_index(self, known: Mapping[str, Vector] | None = None) -> HotIndex:
+        """Give the hot index of the newest version; vectors known by id are not read again."""
+        with self._changing:
+            self.store.refresh()
+            now, (version, lost) = (self.store.version, self.store.commits_lost), self._hot_of
+            if self._hot is not None and now != (version, lost):
+                follows = now[0] > version and now[1] == lost
+                self._hot = catch_up(self._hot, version, self.store, known) if follows else None
+            if self._hot is None:
+                self._hot = open_hot_index(self.folder / "hot", self.store, self.manifest.fingerprint)
+            self._hot_of = now
+            return self._hot
 
     def check_writable(self) -> None:
         """Refuse to write into an older format, which can be read as it is.
@@ -171,7 +177,10 @@ class LongTermTier:
             UsageError: ids or vectors cannot be used; nothing was written.
         """
         self.check_writable()
-        self.store.add_chunks(chunks, checked(chunks, vectors, self.dimension))
+        unit = checked(chunks, vectors, self.dimension)
+        self.store.add_chunks(chunks, unit)
+        if self._hot is not None:  # takes them in now, so that the next search is as fast as any
+            self.hot_index({chunk.id: vector for chunk, vector in zip(chunks, unit, strict=True)})
 
     def evict(self, ids: Sequence[str]) -> int:
         """Delete chunks by id; give how many there were."""

@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 from l2m_rag import bench, bench_faults
 from l2m_rag.cli.main import app
 from l2m_rag.config import Settings
+from l2m_rag.memory_tiers import nearest
 
 Run = Callable[..., Result]
 
@@ -66,8 +67,26 @@ def test_bench_search_measures_each_way_and_finds_the_nearest(embedder: Path, tm
     assert value["rows"] == 1000
     assert value["hot_recall_10"] == 1.0
     assert value["index"] == "exact fp16"
-    for name in ("embed", "hybrid", "dense", "text", "hot", "raw_faiss"):
+    for name in ("embed", "hybrid", "dense", "text"):
         assert value[f"{name}_p50_ms"] > 0
+
+
+def test_bench_tier_gives_each_figure_beside_the_raw_library(l2m: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nearest, "EXACT_UP_TO", 2000)
+    value = found(
+        l2m("bench", "tier", "--rows", "1000", "--rows", "3000", "--questions", "20", "--commits", "2", "--json")
+    )
+    for name in ("exact_1k", "ivf_3k", "state_fetch", "visible", "commit"):
+        figures = value[name]
+        assert figures["ours_ms"] > 0
+        assert figures["raw_ms"] > 0
+        assert figures["ratio"] == pytest.approx(figures["ours_ms"] / figures["raw_ms"], abs=0.05, rel=0.2)
+    assert value["exact_1k"]["recall"] >= 0.99
+    assert value["ivf_3k"]["recall"] >= 0.99
+    assert value["exact_1k"]["bandwidth_share"] > 0
+    text = l2m("bench", "tier", "--rows", "1000", "--questions", "5", "--commits", "1").stdout
+    assert "exact_1k: ours_ms " in text
+    assert l2m("bench", "tier", "--rows", "10").exit_code == 2
 
 
 def test_made_vectors_are_unit_and_come_in_topics() -> None:

@@ -850,6 +850,7 @@ def test_doctor_uses_each_part_and_names_what_is_missing(library: Library, home:
         "home": True,
         "disk": True,
         "torch": True,
+        "faiss": True,
         "store and index": True,
         "weights all-minilm-l6-v2": False,
         "weights smollm2-135m-instruct": False,
@@ -863,6 +864,23 @@ def test_doctor_uses_each_part_and_names_what_is_missing(library: Library, home:
     assert "FAILED  collection contracts     chunk 3 is altered; run: l2m collections repair contracts" in text
     assert "FAILED" in run("-q", "doctor").stdout
     assert "ok   " not in run("-q", "doctor").stdout
+
+
+def test_doctor_says_which_faiss_is_loaded_and_that_two_are_one_too_many(
+    library: Library, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check() -> dict[str, Any]:
+        checks = json.loads(run("doctor", "--json").stdout)["checks"]
+        return next(check for check in checks if check["name"] == "faiss")
+
+    assert check()["ok"]
+    assert "faiss-cpu 1." in check()["detail"]
+    other = tmp_path / "site" / "faiss_gpu-1.15.1.dist-info"
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: faiss-gpu\nVersion: 1.15.1\n")
+    monkeypatch.syspath_prepend(str(other.parent))
+    assert not check()["ok"]
+    assert "pip uninstall faiss-cpu faiss-gpu, then pip install --no-deps faiss-gpu" in check()["detail"]
 
 
 def test_doctor_says_when_the_home_cannot_be_written(library: Library, home: Path) -> None:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from l2m_rag.errors import UsageError
-from l2m_rag.memory_tiers import hot_index
+from l2m_rag.memory_tiers import hot_index, nearest
 from l2m_rag.memory_tiers.hot_index import HotIndex, open_hot_index
 from l2m_rag.memory_tiers.lance_store import LanceStore, RowIds, Vector, Vectors
 from l2m_rag.memory_tiers.records import Chunk
@@ -46,7 +46,7 @@ def brute_force(store: LanceStore, query: Vector, k: int, allowed: RowIds | None
     return [int(ids[row]) for row in np.lexsort((ids, -np.round(scores, 7)))[:k]]
 
 
-def nearest(index: HotIndex, query: Vector, k: int, allowed: RowIds | None = None) -> list[int]:
+def found(index: HotIndex, query: Vector, k: int, allowed: RowIds | None = None) -> list[int]:
     ids, scores = index.search(query, k, allowed)
     assert (np.diff(scores) <= 0).all()
     assert len(set(ids.tolist())) == len(ids)
@@ -54,8 +54,8 @@ def nearest(index: HotIndex, query: Vector, k: int, allowed: RowIds | None = Non
 
 
 def recall(index: HotIndex, store: LanceStore, queries: Vectors, allowed: RowIds | None = None) -> float:
-    found = [set(nearest(index, q, 10, allowed)) & set(brute_force(store, q, 10, allowed)) for q in queries]
-    return sum(map(len, found)) / (10 * len(queries))
+    common = [set(found(index, q, 10, allowed)) & set(brute_force(store, q, 10, allowed)) for q in queries]
+    return sum(map(len, common)) / (10 * len(queries))
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_the_search_is_brute_force_below_the_threshold(
     index = open_hot_index(folder / "hot", store, "x")
     assert len(index) == count
     for query in clustered(3, seed + 1):
-        assert nearest(index, query, k) == brute_force(store, query, k)
+        assert found(index, query, k) == brute_force(store, query, k)
 
 
 def test_scores_are_cosines(store: LanceStore, folder: Path) -> None:
@@ -112,20 +112,20 @@ def test_copies_come_in_order_of_their_rows_wherever_the_index_keeps_them(store:
     open_hot_index(folder, store, "x")
     add(store, np.repeat(vectors[50:51], 30, axis=0), first=200)
     caught_up = open_hot_index(folder, store, "x")
-    assert caught_up.indexed < len(caught_up)
+    assert len(caught_up.rows.ids) < len(caught_up)
     shutil.rmtree(folder)
     rebuilt = open_hot_index(folder, store, "x")
     for query in (vectors[50], *clustered(5, seed=1)):
         nearer = int((vectors @ query > vectors[50] @ query + 1e-3).sum())
         for k in (1, nearer + 1, nearer + 30, nearer + 99, nearer + 129, 230):
-            found = nearest(caught_up, query, k)
-            assert found == nearest(rebuilt, query, k) == brute_force(store, query, k)
+            here = found(caught_up, query, k)
+            assert here == found(rebuilt, query, k) == brute_force(store, query, k)
 
 
 def test_above_the_threshold_recall_at_10_is_at_least_099(
     store: LanceStore, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hot_index, "EXACT_BELOW", 3000)
+    monkeypatch.setattr(nearest, "EXACT_UP_TO", 3000)
     add(store, clustered(6000))
     index = open_hot_index(folder, store, "x")
     assert not index.exact
@@ -140,40 +140,40 @@ def test_above_the_threshold_recall_at_10_is_at_least_099(
 def test_above_the_threshold_a_filter_still_gives_k_rows(
     store: LanceStore, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hot_index, "EXACT_BELOW", 3000)
+    monkeypatch.setattr(nearest, "EXACT_UP_TO", 3000)
     vectors = clustered(6000)
     add(store, vectors)
     index = open_hot_index(folder, store, "x")
     ids, query = store.row_ids(), vectors[0]
     farthest = np.sort(ids[np.argsort(store.vectors(ids) @ query)[:3000]])  # half of all, and none of them near
-    assert nearest(index, query, 10, farthest) == brute_force(store, query, 10, farthest)
-    assert nearest(index, query, 5, farthest[:3]) == brute_force(store, query, 3, farthest[:3])
-    assert nearest(index, query, 5, farthest[:0]) == []
-    assert len(nearest(index, query, 5000)) == 5000
-    assert len(nearest(index, query, 9999)) == 6000
+    assert found(index, query, 10, farthest) == brute_force(store, query, 10, farthest)
+    assert found(index, query, 5, farthest[:3]) == brute_force(store, query, 3, farthest[:3])
+    assert found(index, query, 5, farthest[:0]) == []
+    assert len(found(index, query, 5000)) == 5000
+    assert len(found(index, query, 9999)) == 6000
 
 
-@pytest.mark.parametrize("threshold", [hot_index.EXACT_BELOW, 500])
+@pytest.mark.parametrize("threshold", [nearest.EXACT_UP_TO, 500])
 def test_what_was_written_is_found_and_what_was_deleted_is_not(
     store: LanceStore, folder: Path, monkeypatch: pytest.MonkeyPatch, threshold: int
 ) -> None:
-    monkeypatch.setattr(hot_index, "EXACT_BELOW", threshold)
+    monkeypatch.setattr(nearest, "EXACT_UP_TO", threshold)
     vectors = clustered(1200)
     add(store, vectors[:1000])
     open_hot_index(folder, store, "x")
     add(store, vectors[1000:1100], first=1000)
     store.delete_chunks([chunk(row).id for row in range(0, 1100, 7)])
     index = open_hot_index(folder, store, "x")
-    assert (index.exact, index.indexed) == (threshold > 1000, 1000)
+    assert (index.exact, len(index.rows.ids)) == (threshold > 1000, 1000)
     assert len(index) == store.count_chunks() == 1100 - 158
     odd = store.row_ids("ordinal % 2 = 1")
     for row in range(990, 1020):
         assert recall(index, store, vectors[row : row + 1]) >= 0.9
         gone = row % 7 == 0
-        assert (nearest(index, vectors[row], 1) == brute_force(store, vectors[row], 1)) or gone
+        assert (found(index, vectors[row], 1) == brute_force(store, vectors[row], 1)) or gone
         assert (index.search(vectors[row], 1)[1][0] > 0.999) != gone
-        assert set(nearest(index, vectors[row], 10, odd)) <= set(odd.tolist())
-        assert len(nearest(index, vectors[row], 10, odd)) == 10
+        assert set(found(index, vectors[row], 10, odd)) <= set(odd.tolist())
+        assert len(found(index, vectors[row], 10, odd)) == 10
     np.testing.assert_array_equal(
         index.cosines(store.row_ids(), vectors[0]),
         open_hot_index(folder.with_name("fresh"), store, "x").cosines(store.row_ids(), vectors[0]),
@@ -186,8 +186,8 @@ def test_a_row_with_a_new_embedding_is_found_where_it_is_now(store: LanceStore, 
     open_hot_index(folder, store, "x")
     add(store, -vectors[:1])
     index = open_hot_index(folder, store, "x")
-    assert nearest(index, -vectors[0], 5) == brute_force(store, -vectors[0], 5)
-    assert nearest(index, vectors[0], 5) == brute_force(store, vectors[0], 5)
+    assert found(index, -vectors[0], 5) == brute_force(store, -vectors[0], 5)
+    assert found(index, vectors[0], 5) == brute_force(store, vectors[0], 5)
 
 
 def test_rows_written_again_as_they_were_cost_no_new_index(store: LanceStore, folder: Path) -> None:
@@ -196,18 +196,91 @@ def test_rows_written_again_as_they_were_cost_no_new_index(store: LanceStore, fo
     open_hot_index(folder, store, "x")
     made = (folder / "cache.json").read_text()
     add(store, vectors[:50])
-    assert nearest(open_hot_index(folder, store, "x"), vectors[3], 5) == brute_force(store, vectors[3], 5)
+    assert found(open_hot_index(folder, store, "x"), vectors[3], 5) == brute_force(store, vectors[3], 5)
     assert (folder / "cache.json").read_text() == made
 
 
-def test_too_many_changes_make_a_new_index(store: LanceStore, folder: Path) -> None:
+def test_too_many_changes_make_a_new_index(store: LanceStore, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hot_index, "_SPARE", 1000)
     vectors = clustered(2100)
     add(store, vectors[:1000])
     open_hot_index(folder, store, "x")
     add(store, vectors[1000:], first=1000)
     index = open_hot_index(folder, store, "x")
-    assert index.indexed == 2100
-    assert nearest(index, vectors[2000], 5) == brute_force(store, vectors[2000], 5)
+    assert len(index.rows.ids) == 2100
+    assert found(index, vectors[2000], 5) == brute_force(store, vectors[2000], 5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32), steps=st.integers(1, 12), spare=st.sampled_from([20, 60, 1000]))
+def test_whatever_changes_an_index_that_is_kept_up_finds_what_a_new_one_finds(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, steps: int, spare: int
+) -> None:
+    draw = np.random.default_rng(seed)
+    folder = tmp_path_factory.mktemp("hot")
+    store = LanceStore(folder / "tables", DIMENSION, create=True)
+    vectors = clustered(200, seed % 7)
+    add(store, vectors[:60])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hot_index, "_SPARE", spare)
+        kept = open_hot_index(folder / "hot", store, "x")
+        for _ in range(steps):
+            assert kept is not None
+            version = store.version
+            some = np.sort(draw.choice(120, draw.integers(1, 25), replace=False))
+            if draw.random() < 0.3:
+                store.delete_chunks([chunk(int(row)).id for row in some])
+            else:  # some as they were, some with another vector, some for the first time
+                moved = draw.random(len(some)) < 0.5
+                made = np.where(moved[:, None], vectors[draw.integers(0, 200, len(some))], vectors[some])
+                store.add_chunks([chunk(int(row)) for row in some], made)
+            before = kept
+            now = found(before, vectors[0], 10)
+            kept = hot_index.catch_up(kept, version, store) or open_hot_index(folder / "hot", store, "x")
+            assert found(before, vectors[0], 10) == now  # who still holds the old one sees what was
+            assert kept is not None  # a flat index takes in whatever comes
+            assert len(kept) == store.count_chunks()
+            where = store.row_ids("ordinal % 3 = 1")
+            for query in vectors[draw.integers(0, 200, 3)]:
+                assert found(kept, query, 12) == brute_force(store, query, 12)
+                assert found(kept, query, 12, where) == brute_force(store, query, 12, where)
+            np.testing.assert_array_equal(kept.holds(np.arange(150)), np.isin(np.arange(150), store.row_ids()))
+
+
+# -- what finds candidates
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@settings(max_examples=15, deadline=None)
+@given(count=st.integers(0, 600), k=st.integers(1, 700), seed=st.integers(0, 99), share=st.sampled_from([None, 0.5, 0]))
+def test_engines_that_look_at_every_row_give_the_best_among_their_candidates(
+    threads: int, count: int, k: int, seed: int, share: float | None
+) -> None:
+    vectors = clustered(count, seed).astype(np.float16)
+    vectors[count // 2 :] = vectors[: count - count // 2]
+    kept = None if share is None else np.random.default_rng(seed).random(count) < share
+    there = np.arange(count) if kept is None else np.flatnonzero(kept)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nearest, "_PER_THREAD", 50)
+        patch.setattr(nearest.faiss, "omp_get_max_threads", lambda: threads)
+        engines: list[nearest.Nearest] = [nearest.Flat(vectors), nearest.OnDevice(vectors, "cpu")]
+    for query in clustered(3, seed + 1):
+        scores = vectors[there].astype(np.float64) @ query.astype(np.float64)
+        wanted = there[np.lexsort((there, -np.round(scores, 7)))[:k]]
+        for engine in engines:
+            rows = engine.candidates(query, k, kept)
+            assert len(engine) == count
+            assert set(wanted.tolist()) <= set(rows.tolist()) <= set(there.tolist())
+            assert len(set(rows.tolist())) == len(rows)
+
+
+@pytest.mark.gpu
+def test_a_gpu_finds_what_brute_force_finds(store: LanceStore, folder: Path) -> None:
+    add(store, clustered(5000))
+    index = open_hot_index(folder, store, "x")
+    assert isinstance(index.nearest, nearest.OnDevice)
+    for query in clustered(20, seed=1):
+        assert found(index, query, 10) == brute_force(store, query, 10)
 
 
 # -- the cache
@@ -218,18 +291,18 @@ def check(store: LanceStore, folder: Path, *more: Vectors) -> None:
     queries = np.concatenate([clustered(2, seed=3), *more])
     index = open_hot_index(folder, store, "x")
     for query in queries:
-        assert nearest(index, query, 10) == brute_force(store, query, 10)
+        assert found(index, query, 10) == brute_force(store, query, 10)
     before = {path.name: path.stat().st_ino for path in folder.iterdir()}
     open_hot_index(folder, store, "x")
     assert {path.name: path.stat().st_ino for path in folder.iterdir()} == before
 
 
-@pytest.mark.parametrize("threshold", [hot_index.EXACT_BELOW, 100])
+@pytest.mark.parametrize("threshold", [nearest.EXACT_UP_TO, 100])
 def test_a_flipped_bit_or_a_cut_in_any_file_of_the_cache_is_noticed(
     store: LanceStore, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, threshold: int
 ) -> None:
-    monkeypatch.setattr(hot_index, "EXACT_BELOW", threshold)
-    monkeypatch.setattr(hot_index, "PROBES", 10_000)  # every list: what is found is then what brute force finds
+    monkeypatch.setattr(nearest, "EXACT_UP_TO", threshold)
+    monkeypatch.setattr(nearest, "PROBES", 10_000)  # every list: what is found is then what brute force finds
     add(store, clustered(200))
     open_hot_index(folder, store, "x")
     names = {path.name for path in folder.iterdir()}
@@ -309,7 +382,7 @@ def test_a_folder_that_cannot_be_written_leaves_a_search_without_cache(
     blocked.write_text("in the way")
     folder = blocked if "parent" not in obstacle else blocked / "hot"
     for query in clustered(3, seed=2):
-        assert nearest(open_hot_index(folder, store, "x"), query, 10) == brute_force(store, query, 10)
+        assert found(open_hot_index(folder, store, "x"), query, 10) == brute_force(store, query, 10)
     if "parent" in obstacle:
         assert blocked.read_text() == "in the way"
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +221,7 @@ def test_row_ids_survive_an_update_and_an_optimize(store: LanceStore) -> None:
     store.add_chunks([replace(chunk(3), ordinal=99)], vectors(1))
     store.optimize()
     np.testing.assert_array_equal(store.row_ids(), before)
-    assert [found.ordinal for found in store.fetch(store.changed_since(version).tolist())] == [99]
+    assert [found.ordinal for found in store.fetch(store.changed_since(version)[0].tolist())] == [99]
 
 
 # -- filters
@@ -367,6 +368,15 @@ def test_a_row_that_was_altered_is_found(store: LanceStore) -> None:
         store.add_arrow(tables["documents"], sound.set_column(sound.schema.names.index(column), column, values))
         assert store.count_chunks() == 5
         assert store.damaged() == [chunk(1).id], column
+        document = str(value) if column == "document" else chunk(1).document
+        reads: list[Callable[[], object]] = [
+            partial(store.fetch, store.row_ids().tolist()),
+            partial(store.chunks_named, [chunk(i).id for i in range(5)]),
+            partial(store.chunks_of, document),
+        ]
+        for read in reads:
+            with pytest.raises(CorruptError, match=f"{chunk(1).id} has been altered.*collections repair"):
+                read()
         store.add_arrow(tables["documents"], sound)
         assert store.damaged() == []
 

@@ -369,7 +369,7 @@ WORKING = [
     f"{STORE}.add_chunks:3:after",
     f"{STORE}.put_documents:3:after",
     f"{STORE}.optimize:1:during",
-    "l2m_rag.memory_tiers.hot_index:_faiss_index:1:after",
+    "l2m_rag.memory_tiers.nearest:engine:1:after",
     "l2m_rag.memory_tiers.hot_index:digest:1:before",
     "l2m_rag.memory_tiers.hot_index:_save:1:after",
 ]
