@@ -29,12 +29,13 @@ from l2m_rag.memory_tiers import nearest
 from l2m_rag.memory_tiers.disk import digest
 from l2m_rag.memory_tiers.hot_chunks import HotChunks, write_chunks
 from l2m_rag.memory_tiers.lance_store import LanceStore, RowIds, Scores, Vector, Vectors
-from l2m_rag.memory_tiers.nearest import TIE, Halves, Lists, Mask, Nearest
+from l2m_rag.memory_tiers.nearest import Halves, Lists, Mask, Nearest
 
 logger = logging.getLogger(__name__)
 
 _FORMAT = 3
-_SPARE = 4096
+_SPARE = 4096  # rows that may be searched beside an index however small it is
+_PART = 65_536
 ABANDONED = 600.0  # seconds after which a scratch folder is taken for left behind
 
 
@@ -71,22 +72,19 @@ class Rows:
 
     def cosines(self, at: RowIds, query: Vector) -> Scores:
         """Give the cosine of rows; equal vectors have equal scores, which a matrix product does not promise."""
-        scores: Scores = np.einsum("ij,j->i", self.vectors[at].astype(np.float32, copy=False), query)
-        return scores
+        return _products(self.vectors[at], query)
 
-    def best(self, at: RowIds, query: Vector, k: int) -> tuple[RowIds, Scores]:
-        """Give the row ids and cosines of those of some rows among which the k best are; at most 4 k and equals."""
-        if len(at) > 4 * k + 1:  # many rows of late, or many equals: a rough look leaves few to score
-            rough = self._rough(at, query)
-            at = at[rough >= np.partition(rough, -k)[-k] - TIE]
-        return self.ids[at], self.cosines(at, query)
-
-    def _rough(self, at: RowIds, query: Vector) -> Scores:
-        if len(at) == len(self.ids) and self.vectors.dtype == np.float32:
-            rough: Scores = self.vectors @ query
-            return rough
-        parts = [at[start : start + 65_536] for start in range(0, len(at), 65_536)]
-        return np.concatenate([self.vectors[part].astype(np.float32, copy=False) @ query for part in parts])
+    def best(self, at: RowIds | None, query: Vector, k: int) -> tuple[RowIds, Scores]:
+        """Give the row ids and cosines of those of some rows (None: all) among which the k best are."""
+        if at is not None and len(at) <= 4 * k + 1:
+            return self.ids[at], self.cosines(at, query)
+        # many rows of late, or many equals; some at a time, as they may have to be copied and widened
+        parts = (
+            [self.vectors] if at is None else (self.vectors[part] for part in np.array_split(at, len(at) // _PART + 1))
+        )
+        scores = np.concatenate([_products(part, query) for part in parts])
+        best = np.flatnonzero(scores >= np.partition(scores, -k)[-k]) if len(scores) > k else slice(None)
+        return (self.ids if at is None else self.ids[at])[best], scores[best]
 
     def without(self, ids: RowIds) -> Rows:
         """Give the rows with some of them dead."""
@@ -118,6 +116,11 @@ class Rows:
             room[old:count] = added
             arrays.append(room[:count])
         return Rows(*arrays)
+
+
+def _products(vectors: Halves | Vectors, query: Vector) -> Scores:
+    products: Scores = np.einsum("ij,j->i", vectors.astype(np.float32, copy=False), query)
+    return products
 
 
 def no_rows(dimension: int) -> Rows:
@@ -163,8 +166,7 @@ class HotIndex:
         ids, scores = self.rows.best(self.nearest.candidates(query, k, self.rows.kept(allowed)), query, k)
         if len(self.recent.ids):
             kept = self.recent.kept(allowed)
-            at = np.arange(len(self.recent.ids)) if kept is None else np.flatnonzero(kept)
-            more, theirs = self.recent.best(at, query, k)
+            more, theirs = self.recent.best(None if kept is None else np.flatnonzero(kept), query, k)
             ids, scores = np.concatenate([ids, more]), np.concatenate([scores, theirs])
         best = np.lexsort((ids, -scores))[:k]
         return ids[best], scores[best]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,7 +27,8 @@ PROBES = 32
 HALF = faiss.ScalarQuantizer.QT_fp16
 TIE = 1e-5  # scores that differ by less may be those of equal vectors
 GPU_SHARE = 0.25  # of the free memory of a GPU, which the vectors may take
-_PER_THREAD = 2_000  # rows below which another thread costs more than it saves
+_PER_LIST = 1_000  # rows that a thread scans at a time
+_MOST_LISTS = 64
 _TRAIN_PER_LIST = 64  # FAISS asks for at least 39 training vectors a list
 _ROUNDING = 2e-3  # by which two products of unit vectors in fp16 may err together
 _PACKAGES = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs", "faiss-gpu-cu12", "faiss-cuda")
@@ -53,7 +54,10 @@ class Nearest(Protocol):
 
 
 class Flat:
-    """All rows in FAISS with fp16 codes, split over its threads: FAISS answers one query with one thread.
+    """All rows in FAISS with fp16 codes, shared out among its threads.
+
+    FAISS scans a flat index for one query with one thread, and the inverted lists of one query with many. So the rows
+    lie in lists of equal length, in the order in which they come, and every list is looked into.
 
     Args:
         vectors: (N, E) float16.
@@ -63,45 +67,33 @@ class Flat:
 
     def __init__(self, vectors: Halves) -> None:
         count, dimension = vectors.shape
-        threads = max(1, min(faiss.omp_get_max_threads(), count // _PER_THREAD))
-        self._starts = [count * number // threads for number in range(threads + 1)]
-        self._parts = []
-        for start, end in zip(self._starts, self._starts[1:], strict=False):
-            part = faiss.IndexScalarQuantizer(dimension, HALF, faiss.METRIC_INNER_PRODUCT)
-            codes = np.ascontiguousarray(vectors[start:end]).view(np.uint8).reshape(-1)  # fp16 is its own code
-            faiss.copy_array_to_vector(codes, part.codes)
-            part.ntotal = end - start
-            self._parts.append(part)
-        self.index = self._parts[0]
-        if threads > 1:
-            self.index = faiss.IndexShards(dimension, True, True)  # threads of its own; rows are numbered through
-            for part in self._parts:
-                self.index.add_shard(part)
+        lists = max(1, min(count // _PER_LIST, _MOST_LISTS))
+        coarse = faiss.IndexFlatIP(dimension)
+        coarse.add(np.zeros((lists, dimension), np.float32))
+        self.index = faiss.IndexIVFScalarQuantizer(coarse, dimension, lists, HALF, faiss.METRIC_INNER_PRODUCT)
+        self.index.is_trained, self.index.by_residual = True, False
+        self.index.parallel_mode = 1
+        for number in range(lists):
+            rows = np.arange(count * number // lists, count * (number + 1) // lists)
+            if len(rows):
+                codes = np.ascontiguousarray(vectors[rows[0] : rows[-1] + 1]).view(np.uint8)  # fp16 is its own code
+                where = faiss.swig_ptr(rows), faiss.swig_ptr(codes)
+                self.index.invlists.add_entries(number, len(rows), *where)
+        self.index.ntotal = count
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return int(self.index.ntotal)
 
     def candidates(self, query: Vector, k: int, kept: Mask | None) -> RowIds:
         """Give the k best, and so many more that none is equal to the last of those left out; see `Nearest`."""
         count = len(self) if kept is None else int(kept.sum())
         wanted = k + 1
         while wanted < count:
-            rows, scores = self._ask(query, wanted, kept)
+            rows, scores = _ask(self.index, query, wanted, self.index.nlist, kept)
             if scores[k - 1] - scores[-1] >= TIE:
                 return rows
             wanted *= 8
         return np.arange(len(self)) if kept is None else np.flatnonzero(kept)
-
-    def _ask(self, query: Vector, wanted: int, kept: Mask | None) -> tuple[RowIds, Scores]:
-        if kept is None:
-            return _found(self.index.search(query[None], wanted))
-        found = []  # one after the other, as one selector cannot serve all parts
-        for part, start, end in zip(self._parts, self._starts, self._starts[1:], strict=False):
-            rows, scores = _found(part.search(query[None], min(wanted, end - start), params=_only(kept[start:end])))
-            found.append((start + rows, scores))
-        rows, scores = (np.concatenate(each) for each in zip(*found, strict=True))
-        order = np.argsort(-scores, kind="stable")[:wanted]
-        return rows[order], scores[order]
 
 
 class Lists:
@@ -115,7 +107,7 @@ class Lists:
 
     def __init__(self, index: Any) -> None:
         self.index = index
-        self.index.parallel_mode = 1  # the lists of one query are shared out among the threads
+        self.index.parallel_mode = 1
 
     def __len__(self) -> int:
         return int(self.index.ntotal)
@@ -127,16 +119,10 @@ class Lists:
         wanted = min((2 if kept is None else 4) * k, count)
         # as many lists as hold the candidates twice over; a filter that leaves few rows spreads them over more lists
         lists = max(PROBES, 2 * wanted * self.index.nlist // len(self)) * len(self) // max(count, 1)
-        rows = self._ask(query, wanted, kept, min(lists, self.index.nlist))
+        rows, _ = _ask(self.index, query, wanted, min(lists, self.index.nlist), kept)
         if len(rows) < wanted:  # those that are left lie far from the query
-            rows = self._ask(query, wanted, kept, self.index.nlist)
+            rows, _ = _ask(self.index, query, wanted, self.index.nlist, kept)
         return rows
-
-    def _ask(self, query: Vector, wanted: int, kept: Mask | None, lists: int) -> RowIds:
-        if not wanted:
-            return np.empty(0, dtype=np.int64)
-        how = _lists_looked_into(lists) if kept is None else _only(kept, partial(_in_lists, lists))
-        return _found(self.index.search(query[None], wanted, params=how))[0]
 
     def save(self, path: Path) -> None:
         """Write the index to a file."""
@@ -246,21 +232,20 @@ def _float32(vectors: Halves) -> Vectors:
     return np.ascontiguousarray(vectors, dtype=np.float32)
 
 
-def _found(answer: tuple[Any, Any]) -> tuple[RowIds, Scores]:
-    """Give the rows and scores of one query; FAISS fills up with -1."""
-    (scores,), (rows,) = answer
-    there = rows >= 0
+def _ask(index: Any, query: Vector, wanted: int, lists: int, kept: Mask | None) -> tuple[RowIds, Scores]:
+    """Give the best rows of the nearest lists, and their scores, best first."""
+    if not wanted:
+        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)
+    if kept is None:
+        how = _lists_looked_into(lists)
+    else:
+        only = faiss.IDSelectorBitmap(np.packbits(kept, bitorder="little"))
+        how = faiss.SearchParametersIVF(nprobe=lists, sel=only)
+    (scores,), (rows,) = index.search(query[None], wanted, params=how)
+    there = rows >= 0  # FAISS fills up with -1
     return (rows, scores) if there.all() else (rows[there], scores[there])
 
 
-def _only(kept: Mask, kind: Any = faiss.SearchParameters) -> Any:
-    return kind(sel=faiss.IDSelectorBitmap(np.packbits(kept, bitorder="little")))
-
-
-def _in_lists(lists: int, sel: Any) -> Any:
-    return faiss.SearchParametersIVF(nprobe=lists, sel=sel)
-
-
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _lists_looked_into(lists: int) -> Any:
     return faiss.SearchParametersIVF(nprobe=lists)

@@ -250,19 +250,18 @@ def test_whatever_changes_an_index_that_is_kept_up_finds_what_a_new_one_finds(
 # -- what finds candidates
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("per_list", [1, 50, 1000])
 @settings(max_examples=15, deadline=None)
 @given(count=st.integers(0, 600), k=st.integers(1, 700), seed=st.integers(0, 99), share=st.sampled_from([None, 0.5, 0]))
 def test_engines_that_look_at_every_row_give_the_best_among_their_candidates(
-    threads: int, count: int, k: int, seed: int, share: float | None
+    per_list: int, count: int, k: int, seed: int, share: float | None
 ) -> None:
     vectors = clustered(count, seed).astype(np.float16)
     vectors[count // 2 :] = vectors[: count - count // 2]
     kept = None if share is None else np.random.default_rng(seed).random(count) < share
     there = np.arange(count) if kept is None else np.flatnonzero(kept)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nearest, "_PER_THREAD", 50)
-        patch.setattr(nearest.faiss, "omp_get_max_threads", lambda: threads)
+        patch.setattr(nearest, "_PER_LIST", per_list)
         engines: list[nearest.Nearest] = [nearest.Flat(vectors), nearest.OnDevice(vectors, "cpu")]
     for query in clustered(3, seed + 1):
         scores = vectors[there].astype(np.float64) @ query.astype(np.float64)
