@@ -25,7 +25,8 @@ from l2m_rag.memory_tiers.hot_index import HotIndex, Rows, no_rows
 from l2m_rag.memory_tiers.lance_store import RowIds, Vectors, connect
 from l2m_rag.memory_tiers.long_term import LongTermTier, Manifest, create_tier
 from l2m_rag.memory_tiers.records import Chunk
-from l2m_rag.memory_tiers.states import StateFormat, StateRows, StateTier
+from l2m_rag.memory_tiers.state_table import StateFormat, StateRows
+from l2m_rag.memory_tiers.states import StateTier
 
 faiss: Any = _faiss  # its stubs lack the keyword arguments of its search parameters
 

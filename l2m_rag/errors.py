@@ -10,6 +10,7 @@ Every error that a user can cause is an `L2MError`; its text says what was wrong
     ├── MissingExtraError      1   a package of an optional extra is not installed
     ├── WeightsError           1   model weights are missing, cut short or altered
     ├── ModelError             1   a language model could not be used
+    ├── DiskFullError          1   there is no room for what was asked, on the disk or in its budget
     ├── CollectionNotFound    10
     ├── LockedError           11   another process is writing
     ├── IncompatibleError     12   made with another embedder or format
@@ -72,6 +73,10 @@ class MissingExtraError(L2MError, ImportError):
 
 class WeightsError(L2MError):
     """Model weights that are missing, cut short or not what was pinned."""
+
+
+class DiskFullError(L2MError):
+    """No room on the disk, or in the budget that was set for it; nothing was written."""
 
 
 class ModelError(L2MError):

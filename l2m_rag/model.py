@@ -22,7 +22,8 @@ from l2m_rag.memory_tiers import working
 from l2m_rag.memory_tiers.compressor import Pooler, middles, quantise, restore
 from l2m_rag.memory_tiers.eviction import retention
 from l2m_rag.memory_tiers.router import LONG_TERM, NONE, STOP, WORKING, Plan, Router
-from l2m_rag.memory_tiers.states import StateFormat, StateRows, StateTier
+from l2m_rag.memory_tiers.state_table import StateFormat, StateRows
+from l2m_rag.memory_tiers.states import StateTier
 from l2m_rag.memory_tiers.working import Records, Slots
 from l2m_rag.model_config import L2MConfig
 from l2m_rag.slot_layer import SlotLayer
@@ -499,8 +500,13 @@ class L2M(nn.Module):
                 values=codes.cpu().numpy(),
                 scales=scales.cpu().numpy(),
                 tokens=tuple(ids),
-            )
+            ),
+            keep=self._worth(evicted, state)[valid[:, 0], valid[:, 1]].numpy() if tier.policy == "learned" else None,
         )
+
+    def _worth(self, records: Records, state: State) -> Tensor:
+        """Give the router's scores by which records are kept, (B, N) float32 on the CPU."""
+        return self.router.keeps(state.plan, records, state.step).detach().float().cpu()
 
     def state_format(self) -> StateFormat:
         """Give the format of this model's rows in the long-term tier."""

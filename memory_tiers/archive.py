@@ -13,13 +13,16 @@ import time
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 
 from l2m_rag.errors import CorruptError, IncompatibleError, L2MError, UsageError
 from l2m_rag.memory_tiers.long_term import FORMAT, LongTermTier, Manifest, create_tier
+from l2m_rag.memory_tiers.state_table import StateFormat, StateTable, form_of
 
-_EXPORT = ("manifest.json", "documents.arrow", "chunks.arrow", "checksums.json")  # the only members
+_EXPORT = ("manifest.json", "documents.arrow", "chunks.arrow", "checksums.json")  # the only members,
+_STATES = ("states.json", "states.arrow")  # and these together or not at all
 _MAX_DIMENSION = 65_536
 _ABANDONED = 86_400.0  # seconds after which a half-made import is taken for left behind
 
@@ -31,7 +34,11 @@ def write_archive(tier: LongTermTier, path: Path) -> None:
     try:
         with zipfile.ZipFile(scratch, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
             members = {"manifest.json": json.dumps(asdict(tier.manifest)).encode()}
-            for name, table in tier.store.to_arrow().items():
+            tables = tier.store.to_arrow()
+            if states := tier.state_table():
+                members["states.json"] = json.dumps(states.pin["form"]).encode()
+                tables["states"] = states.to_arrow()
+            for name, table in tables.items():
                 sink = pa.BufferOutputStream()
                 with pa.ipc.new_file(sink, table.schema) as writer:
                     writer.write_table(table)
@@ -61,12 +68,14 @@ def restore_archive(archive: Path, target: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
     scratch = Path(tempfile.mkdtemp(prefix=".import-", dir=target.parent))
     try:
-        manifest, documents, chunks = read_archive(archive)
-        tier = create_tier(scratch / "collection", manifest)
-        tier.store.add_arrow(documents, chunks)
+        found = read_archive(archive)
+        tier = create_tier(scratch / "collection", found.manifest)
+        tier.store.add_arrow(found.documents, found.chunks)
         if tier.store.damaged():
             raise CorruptError("what is stored of some chunks has been altered")
         tier.store.index_text()
+        if found.states is not None:
+            StateTable(tier.folder / "states", found.states[0]).put_arrow(found.states[1])
         (scratch / "collection").rename(target)
     except (CorruptError, zipfile.BadZipFile, EOFError, KeyError, ValueError, TypeError, pa.ArrowException) as error:
         if isinstance(error, L2MError) and not isinstance(error, CorruptError):
@@ -80,8 +89,17 @@ def restore_archive(archive: Path, target: Path) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def read_archive(archive: Path) -> tuple[Manifest, pa.Table, pa.Table]:
-    """Read and check an export: its manifest, documents and chunks."""
+class Archive(NamedTuple):
+    """What an export holds; of states their format and rows, or None."""
+
+    manifest: Manifest
+    documents: pa.Table
+    chunks: pa.Table
+    states: tuple[StateFormat, pa.Table] | None
+
+
+def read_archive(archive: Path) -> Archive:
+    """Read and check an export."""
     members = _members(archive)
     digests = json.loads(members.pop("checksums.json"))
     for member, content in members.items():
@@ -95,15 +113,18 @@ def read_archive(archive: Path) -> tuple[Manifest, pa.Table, pa.Table]:
     manifest = Manifest(**found)
     if type(manifest.dimension) is not int or not 0 < manifest.dimension <= _MAX_DIMENSION:
         raise CorruptError(f"its vectors have {manifest.dimension!r} dimensions")
-    tables = (pa.ipc.open_file(members[f"{table}.arrow"]).read_all() for table in ("documents", "chunks"))
-    return manifest, *tables
+    tables = {name: pa.ipc.open_file(members[name]).read_all() for name in members if name.endswith(".arrow")}
+    states = None
+    if "states.json" in members:
+        states = form_of(json.loads(members["states.json"]), archive), tables["states.arrow"]
+    return Archive(manifest, tables["documents.arrow"], tables["chunks.arrow"], states)
 
 
 def _members(archive: Path) -> dict[str, bytes]:
     try:
         with zipfile.ZipFile(archive) as source:
             entries = source.infolist()
-            if sorted(entry.filename for entry in entries) != sorted(_EXPORT):
+            if sorted(entry.filename for entry in entries) not in (sorted(_EXPORT), sorted(_EXPORT + _STATES)):
                 raise CorruptError("its members are not those of an export")
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
                 raise CorruptError("its members are packed, as those of an export never are")

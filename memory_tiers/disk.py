@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import time
 import zlib
 from collections.abc import Iterable, Iterator
@@ -17,11 +18,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from l2m_rag.errors import DiskFullError
+
 # the one file that Lance writes again; it only says where to look first
 _CHANGING = {"latest_version_hint.json"}
 _ENDINGS = {".lance": b"LANC", ".manifest": b"LANC", ".arrow": b"ARROW1"}
 _SPARE = 1000  # lines on files that are gone, up to which the list is left as it is
 _PART = 1 << 20
+_ROOM = 2  # times what is stored: a compaction was seen to take 1.7 times
 _LOOKS, _PAUSE = 10, 0.1  # at a file without its end, and seconds between them
 
 
@@ -204,6 +208,24 @@ def _checksum(path: Path) -> tuple[int, int]:
             crc = zlib.crc32(part, crc)
             size += len(part)
     return crc, size
+
+
+def check_room(folder: Path, live: int) -> None:
+    """Refuse a compaction for which the disk has no room: files are written anew before the old ones go.
+
+    Args:
+        folder: on the disk.
+        live: bytes of what is written anew.
+
+    Raises:
+        DiskFullError: less than twice as many are free.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < _ROOM * live:
+        raise DiskFullError(
+            f"compacting {folder} needs {_ROOM * live:,} bytes of free disk, twice what is stored; {free:,} are free. "
+            f"Nothing was changed: make room and run it again"
+        )
 
 
 def fsync(path: str | Path) -> None:

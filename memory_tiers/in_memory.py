@@ -15,10 +15,12 @@ from contextlib import closing
 
 import numpy as np
 
-from l2m_rag.errors import UsageError
+from l2m_rag.errors import IncompatibleError, UsageError
 from l2m_rag.memory_tiers.lance_store import RowIds, Scores, Vector, Vectors, to_sql
 from l2m_rag.memory_tiers.long_term import CANDIDATES, Fusion, Mode, check_query, checked, fuse
 from l2m_rag.memory_tiers.records import Chunk, Passage
+from l2m_rag.memory_tiers.state_table import StateFormat
+from l2m_rag.memory_tiers.states import StateTier
 
 _K1, _B = 1.2, 0.75  # of BM25, as Lance has them
 _WORD = re.compile(r"\w+")
@@ -40,6 +42,7 @@ class InMemoryTier:
         self._chunks: dict[int, Chunk] = {}
         self._vectors: dict[int, Vector] = {}
         self._next = 0
+        self._states: dict[str, StateTier] = {}
 
     def __len__(self) -> int:
         return len(self._chunks)
@@ -102,6 +105,15 @@ class InMemoryTier:
 
     def compact(self) -> None:
         """Do nothing."""
+
+    def states(self, form: StateFormat, *, namespace: str = "default", disk_bytes: int | None = None) -> StateTier:
+        """Give the states of a namespace; see `Tier.states`."""
+        tier = self._states.get(namespace)
+        if tier is None:
+            tier = self._states[namespace] = StateTier(form, namespace=namespace, disk_bytes=disk_bytes)
+        if tier.form != form:
+            raise IncompatibleError(f"the states of {namespace!r} were made with {tier.form}; this run has {form}")
+        return tier
 
     def _cosine(self, row: int, vector: Vector) -> float:
         half = self._vectors[row].astype(np.float16).astype(np.float32)  # as the hot index keeps it

@@ -33,8 +33,8 @@ import pyarrow as pa
 from lancedb.index import FTS
 from lancedb.query import MatchQuery
 
-from l2m_rag.errors import CorruptError, L2MError, UsageError
-from l2m_rag.memory_tiers.disk import CutShortError, Ledger
+from l2m_rag.errors import CorruptError, DiskFullError, L2MError, UsageError
+from l2m_rag.memory_tiers.disk import CutShortError, Ledger, check_room
 from l2m_rag.memory_tiers.records import Chunk, DocumentRow, Scalar
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ _DOCUMENTS = pa.schema(
 _TABLES = ("documents", "chunks")
 _CHUNK_COLUMNS = ["id", "document", "ordinal", "page", "heading", "start", "end", "text", "metadata"]
 _WHOLE = [*_CHUNK_COLUMNS, "embedding", "crc"]  # what the checksum of a row is of, and the checksum
-_FOR_EVER = timedelta(days=36_500)
+FOR_EVER = timedelta(days=36_500)
 _IN_LIST = 500  # names a filter may list: DataFusion plans long lists slowly
 
 
@@ -331,8 +331,13 @@ class LanceStore:
         self._manifests = manifests
 
     def optimize(self) -> None:
-        """Merge small files, drop versions older than an hour, and bring the full-text index up to date."""
-        for kept in (_FOR_EVER, timedelta(hours=1)):  # nothing goes before what stands for it has reached the disk
+        """Merge small files, drop versions older than an hour, and bring the full-text index up to date.
+
+        Raises:
+            DiskFullError: the disk has no room for it; nothing was changed.
+        """
+        check_room(self.folder, sum(live_bytes(table) for table in (self._documents, self._chunks)))
+        for kept in (FOR_EVER, timedelta(hours=1)):  # nothing goes before what stands for it has reached the disk
             with self._committing():
                 for table in (self._documents, self._chunks):
                     table.optimize(cleanup_older_than=kept)
@@ -341,7 +346,10 @@ class LanceStore:
         """Bring the full-text index up to date when over `unindexed` rows are outside it (29 us each a query)."""
         statistics = self._chunks.index_stats("text_idx")
         if statistics is None or statistics.num_unindexed_rows > unindexed:
-            self.optimize()
+            try:
+                self.optimize()
+            except DiskFullError as error:  # what was written is there, and found; by words a little later
+                logger.warning("%s", error)
 
     def rebuild_text_index(self) -> None:
         """Make the full-text index anew."""
@@ -478,6 +486,11 @@ class LanceStore:
 
 def _upsert(table: Any, rows: pa.Table) -> None:
     table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(rows)
+
+
+def live_bytes(table: Any) -> int:
+    """Give the bytes of the files of a table's present version."""
+    return int(table.stats()["total_bytes"])
 
 
 def connect(folder: Path) -> Any:

@@ -29,6 +29,8 @@ from l2m_rag.memory_tiers.disk import digest, write_json
 from l2m_rag.memory_tiers.hot_index import HotIndex, catch_up, open_hot_index
 from l2m_rag.memory_tiers.lance_store import LanceStore, RowIds, Scores, Vector, Vectors
 from l2m_rag.memory_tiers.records import Chunk, DocumentRow, Passage
+from l2m_rag.memory_tiers.state_table import StateFormat, StateTable
+from l2m_rag.memory_tiers.states import StateTier
 
 Mode = Literal["hybrid", "dense", "text"]
 Fusion = Literal["scores", "rrf"]
@@ -104,6 +106,9 @@ class Tier(Protocol):
 
     def compact(self) -> None:
         """Give back the room of what was deleted."""
+
+    def states(self, form: StateFormat, *, namespace: str = "default", disk_bytes: int | None = None) -> StateTier:
+        """Give the states of a namespace, searched by key: what a model's working memory let go of."""
 
 
 class LongTermTier:
@@ -196,6 +201,26 @@ class LongTermTier:
         found = {chunk.id: chunk for chunk in self.store.chunks_named(ids)}
         return [found[one] for one in ids if one in found]
 
+    def states(self, form: StateFormat, *, namespace: str = "default", disk_bytes: int | None = None) -> StateTier:
+        """Give the states of a namespace; see `StateTier`, and hold the writer's lock while it is open.
+
+        Raises:
+            IncompatibleError: the collection has states of another format.
+            CorruptError: they cannot be read.
+        """
+        self.check_writable()
+        return StateTier(form, self.folder / "states", namespace=namespace, disk_bytes=disk_bytes)
+
+    def state_table(self) -> StateTable | None:
+        """Give the table of the states of all namespaces; None when there is none.
+
+        Raises:
+            CorruptError: it cannot be read.
+        """
+        folder = self.folder / "states"
+        there = (folder / "states.json").exists() or any(folder.glob("states.lance/data/*.lance"))
+        return StateTable(folder) if there else None  # nor where a creation was cut off
+
     def verify(self) -> list[str]:
         """Check every file and row: checksums, and that documents and chunks add up; give what is wrong.
 
@@ -210,6 +235,11 @@ class LongTermTier:
         problems += [
             f"{one}: what is stored of the document has been altered" for one in self.store.damaged_documents()
         ]
+        try:
+            states = self.state_table()
+            problems += states.verify() if states else []
+        except (CorruptError, IncompatibleError) as error:
+            problems.append(str(error))
         return problems + [
             f"{name}: {counts.get(name, 0)} chunks are stored, {rows[name].chunks if name in rows else 0} are expected"
             for name in _incomplete(rows, counts)
@@ -238,15 +268,30 @@ class LongTermTier:
         else:
             self.store.rebuild_text_index()
         self._index_anew()
-        return [*done, "built the search indexes again"]
+        return [*done, "built the search indexes again", *self._repair_states()]
+
+    def _repair_states(self) -> list[str]:
+        try:
+            states = self.state_table()
+            return states.repair() if states else []
+        except CorruptError as error:
+            aside = self.folder / f"states.damaged-{time.time_ns()}"
+            (self.folder / "states").rename(aside)
+            return [f"set the states aside, in {aside}, as they cannot be read ({error})"]
 
     def compact(self) -> None:
-        """Merge small files, drop versions older than an hour, and bring the indexes up to date."""
+        """Merge small files, drop versions older than an hour, and bring the indexes up to date.
+
+        Raises:
+            DiskFullError: the disk has no room for it; nothing was changed.
+        """
         self.check_writable()
         self.store.refresh()
         self.store.optimize()
         self.store.rebuild_text_index()  # which else goes on counting the words of rows that were deleted
         self._index_anew()
+        if states := self.state_table():
+            states.compact()
 
     def _worded(self, text: str, k: int, where: str | None, hot: HotIndex) -> tuple[RowIds, Scores]:
         """Give the rows that the full-text index finds and that are there.

@@ -9,109 +9,43 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import time
-import zlib
+import logging
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from itertools import chain
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, Self
+from threading import Thread
+from typing import Self
 
 import numpy as np
-import pyarrow as pa
 
-from l2m_rag.errors import CorruptError, IncompatibleError, UsageError
-from l2m_rag.memory_tiers import lance_store as lance
-from l2m_rag.memory_tiers.disk import Ledger, write_json
+from l2m_rag.errors import CorruptError, UsageError
 from l2m_rag.memory_tiers.lance_store import RowIds, Scores, Vector, Vectors
+from l2m_rag.memory_tiers.state_table import (
+    REMEDY,
+    Array,
+    StateFormat,
+    StateRows,
+    StateTable,
+    crc_of,
+    flat,
+    join,
+    layout,
+    quoted,
+    rows_of,
+    to_arrow,
+)
+from l2m_rag.memory_tiers.usage import DISK_POLICIES, DiskPolicy, Usage
 
-Array = np.ndarray[Any, np.dtype[Any]]
+logger = logging.getLogger(__name__)
+
 RowMatrix = np.ndarray[tuple[int, int], np.dtype[np.int64]]
 
-SCHEMA = 1
 GROUP = 1024  # rows in one commit
 _PART = 1 << 24  # scores held at once
 _IN_LIST = 500  # rows that a filter may list
 _UNIT = 0.01  # by which the length of a key may differ from 1; float16 rounds by far less
-_OBJECTS = 1024  # bytes that Python needs for a record beside its arrays, and for each of its tokens
-_TOKEN = 36
-_ARRAYS = ("steps", "positions", "lengths", "keys", "values", "scales")
-_READ = ["row", "stream", "step", "position", "length", "key", "values", "scales", "tokens", "crc"]
-_REMEDY = "Delete that folder to have the states made again"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StateFormat:
-    """What all rows of one table share.
-
-    Args:
-        key_dim: width of a key.
-        dim: width of a state vector.
-        vectors: most vectors that a record has.
-        ratio: tokens that a vector stands for.
-        dtype: of the values.
-        backbone: fingerprint of the model that made the states.
-        depth: layers below the states.
-        key_version: fingerprint of what makes the keys.
-    """
-
-    key_dim: int
-    dim: int
-    vectors: int
-    ratio: int
-    dtype: Literal["int8", "float16"]
-    backbone: str
-    depth: int
-    key_version: str
-
-    def __post_init__(self) -> None:
-        for name in ("key_dim", "dim", "vectors", "ratio"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} ({getattr(self, name)}) must be at least 1")
-        if self.dtype not in ("int8", "float16"):
-            raise UsageError(f"dtype ({self.dtype}) must be int8 or float16")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class StateRows:
-    """A batch of N records.
-
-    Args:
-        streams: N names, each of a document or a conversation.
-        steps: (N,) int64, the step of the model that evicted the record.
-        positions: (N,) int64, place of the first token in its stream.
-        lengths: (N,) int32, tokens; >= 1.
-        keys: (N, key_dim) float16, unit length.
-        values: (N, vectors, dim) int8 or float16; those of a shorter record are filled up with zeros.
-        scales: (N, vectors) float32, what int8 values are multiplied by; ones for float16.
-        tokens: N times the ids of the record's tokens or (), or () where none are kept.
-    """
-
-    streams: tuple[str, ...]
-    steps: RowIds
-    positions: RowIds
-    lengths: np.ndarray[tuple[int], np.dtype[np.int32]]
-    keys: np.ndarray[tuple[int, int], np.dtype[np.float16]]
-    values: Array
-    scales: Vectors
-    tokens: tuple[tuple[int, ...], ...]
-
-    def __len__(self) -> int:
-        return len(self.streams)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in RAM, at most."""
-        arrays: list[Array] = [getattr(self, name) for name in _ARRAYS]
-        return _OBJECTS + _TOKEN * sum(map(len, self.tokens)) + sum(array.nbytes for array in arrays)
-
-    def take(self, which: list[int]) -> StateRows:
-        """Give a copy of some records."""
-        arrays: dict[str, Any] = {name: getattr(self, name)[which] for name in _ARRAYS}
-        tokens = tuple(self.tokens[at] for at in which) if self.tokens else ((),) * len(which)
-        return StateRows(streams=tuple(self.streams[at] for at in which), tokens=tokens, **arrays)
+_READ = ["namespace", "row", "stream", "step", "position", "length", "key", "values", "scales", "tokens", "crc"]
 
 
 class _Stream:
@@ -199,6 +133,9 @@ class StateTier:
         folder: where the table lies or is made; None keeps everything in memory.
         namespace: whose states; those of others are never seen.
         hot_bytes: most bytes of the hot set.
+        disk_bytes: most bytes that the rows of the namespace may take on the disk, where files are for a while larger:
+            when there would be more, rows go, down to nine tenths. None for no limit.
+        policy: which go, see `Usage.first_to_go`.
 
     Raises:
         IncompatibleError: the folder was made with another format.
@@ -206,13 +143,26 @@ class StateTier:
     """
 
     def __init__(
-        self, form: StateFormat, folder: Path | None = None, *, namespace: str = "default", hot_bytes: int = 256 << 20
+        self,
+        form: StateFormat,
+        folder: Path | None = None,
+        *,
+        namespace: str = "default",
+        hot_bytes: int = 256 << 20,
+        disk_bytes: int | None = None,
+        policy: DiskPolicy = "lru",
     ) -> None:
         _check_name("namespace", namespace)
+        if policy not in DISK_POLICIES:
+            raise UsageError(f"policy ({policy}) must be {' or '.join(DISK_POLICIES)}")
+        if disk_bytes is not None and disk_bytes < form.row_bytes:
+            raise UsageError(f"disk_bytes ({disk_bytes:,}) is less than one record takes ({form.row_bytes:,})")
         self.form = form
         self.folder = folder
         self.namespace = namespace
+        self.policy = policy
         self.lookups = 0  # searches so far
+        self.displaced = 0  # rows that went for want of room
         self._streams: dict[str, _Stream] = {}
         self._numbers: dict[str, int] = {}  # row of each id
         self._places: dict[int, tuple[str, str]] = {}  # id and stream of each row
@@ -220,10 +170,12 @@ class StateTier:
         self._lance: dict[int, int] = {}  # Lance's row id of each committed row
         self._hot = _HotSet(hot_bytes)
         self._next = 0
-        self._table: Any = None
-        self._ledger = Ledger(folder or Path())
-        if folder is not None:
-            self._open(folder)
+        self._room = None if disk_bytes is None else disk_bytes // form.row_bytes  # rows
+        self._usage = None if disk_bytes is None else Usage(folder, namespace)
+        self._compaction: Thread | None = None
+        self._table = None if folder is None else StateTable(folder, form)
+        if self._table is not None:
+            self._load(self._table)
 
     def __enter__(self) -> Self:
         return self
@@ -237,8 +189,8 @@ class StateTier:
     @property
     def nbytes(self) -> int:
         """Bytes of the files, with those of other namespaces; without a folder, of the arrays."""
-        if self.folder is not None:
-            return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+        if self._table is not None:
+            return self._table.nbytes
         keys = sum(stream.rows.nbytes + stream.ends.nbytes + stream.keys.nbytes for stream in self._streams.values())
         return keys + sum(record.nbytes for record in self._fresh.values())
 
@@ -248,12 +200,18 @@ class StateTier:
         return self._hot.nbytes
 
     # -- writing -----------------------------------------------------------------------------------------------------
-    def add(self, rows: StateRows) -> RowIds:
+    def add(self, rows: StateRows, keep: Scores | None = None) -> RowIds:
         """Add records and give the numbers of their rows, (N,) int64, which ever grow.
 
         A record whose stream, position, length and key are there already keeps its row, and what is stored in it.
+
+        Args:
+            rows: N records.
+            keep: the router's scores by which they are kept, (N,) float32, for the policy "learned".
         """
         _check_rows(rows, self.form)
+        if keep is not None:
+            _check_array("keep", keep, "float32", (len(rows),))
         numbers = np.empty(len(rows), dtype=np.int64)
         added: dict[str, list[int]] = {}  # of each stream, which of the batch are new
         for at, stream in enumerate(rows.streams):
@@ -263,38 +221,69 @@ class StateTier:
                 self._fresh[self._next] = rows.take([at])
                 self._numbers[identity] = self._next
                 self._places[self._next] = identity, stream
+                if self._usage:
+                    self._usage.added(self._next, None if keep is None else float(keep[at]))
                 self._next += 1
                 added.setdefault(stream, []).append(at)
             numbers[at] = self._numbers[identity]
         for stream, which in added.items():
             ends = rows.positions[which] + rows.lengths[which]
             self._stream(stream).append(numbers[which], ends, rows.keys[which])
-        if len(self._fresh) >= GROUP:
+        full = len(self._fresh) >= GROUP or (self._room is not None and len(self) > self._room)
+        if full and not self.compacting:  # until then they stay in RAM: nobody waits for a compaction while decoding
             self.flush()
         return numbers
 
+    @property
+    def compacting(self) -> bool:
+        """Whether the files are being made smaller, in a thread of its own."""
+        return self._compaction is not None and self._compaction.is_alive()
+
     def flush(self) -> None:
-        """Commit what was added, and wait until it has reached the disk."""
-        if self.folder is None or not self._fresh:
+        """Commit what was added, and wait until it has reached the disk; then let go of what has no room."""
+        self._settled()
+        self._commit()
+        if self._room is not None and len(self) > self._room:
+            gone = self._first_to_go(len(self) - self._room * 9 // 10)
+            self.displaced += self.evict(np.array(gone, dtype=np.int64))
+            if self._table is not None:
+                self._compaction = Thread(target=_compact, args=(self._table,), name="l2m-compaction")
+                self._compaction.start()
+        if self._usage:
+            self._usage.save()
+
+    def _first_to_go(self, count: int) -> list[int]:
+        assert self._usage is not None
+        return self._usage.first_to_go(self._places, self.policy)[:count]
+
+    def _settled(self) -> None:
+        """Wait for the compaction."""
+        if self._compaction is not None:
+            self._compaction.join()
+            self._compaction = None
+
+    def _commit(self) -> None:
+        if self._table is None or not self._fresh:
             return
-        with lance.committing(self._ledger, self._table):
-            self._table.merge_insert("id").when_not_matched_insert_all().execute(self._to_arrow(self._fresh))
-        found = self._scan(["row"], f"row >= {min(self._fresh)}")
+        ids = [self._places[row][0] for row in self._fresh]
+        self._table.add(to_arrow(self.namespace, ids, self._fresh, self.form))
+        found = self._table.scan(["row"], f"{self._mine} AND row >= {min(self._fresh)}")
         self._lance.update(zip(found["row"].to_pylist(), found["_rowid"].to_pylist(), strict=True))
         for row, record in self._fresh.items():
             self._hot.put(row, record)
         self._fresh.clear()
 
     def close(self) -> None:
-        """Commit what was added."""
+        """Commit what was added, and wait until the files are in order."""
         self.flush()
+        self._settled()
 
     def forget(self, stream: str) -> int:
         """Delete the records of a stream; give how many there were."""
         if stream not in self._streams:
             return 0
         held = self._streams[stream]
-        return self._delete({stream: held.rows[: held.count].tolist()}, [f"stream IN ({_quoted(stream)})"])
+        return self._delete({stream: held.rows[: held.count].tolist()}, [f"stream IN ({quoted(stream)})"])
 
     def evict(self, rows: RowIds) -> int:
         """Delete rows, (N,) int64; give how many there were. Rows that are not there are passed over."""
@@ -308,13 +297,10 @@ class StateTier:
 
     def _delete(self, gone: dict[str, list[int]], conditions: list[str]) -> int:
         """Delete rows of streams, on the disk first; after an error it can be tried again."""
-        if self.folder is not None and gone:
-            pinned = _read_pin(self.folder)
-            pinned["next"][self.namespace] = self._next  # or the number of a deleted row would be given out again
-            _write_pin(self.folder, pinned)
-            with lance.committing(self._ledger, self._table):
-                for condition in conditions:
-                    self._table.delete(f"namespace IN ({_quoted(self.namespace)}) AND {condition}")
+        self._settled()
+        if self._table is not None and gone:
+            self._table.keep_next_row(self.namespace, self._next)
+            self._table.delete([f"{self._mine} AND {condition}" for condition in conditions])
         for stream, rows in gone.items():
             self._streams[stream] = self._streams[stream].without(np.array(rows))
             if not self._streams[stream].count:
@@ -324,6 +310,8 @@ class StateTier:
                 self._fresh.pop(row, None)
                 self._lance.pop(row, None)
                 self._hot.drop(row)
+            if self._usage:
+                self._usage.drop(rows)
         return sum(map(len, gone.values()))
 
     # -- reading -----------------------------------------------------------------------------------------------------
@@ -381,189 +369,60 @@ class StateTier:
                 raise UsageError(
                     f"row {row} is not among the states of {self.namespace!r}; fetch rows that search gives"
                 )
-        if stored:
-            read = self._read(stored)
+        if stored and self._table is not None:
+            read = self._read(self._table, stored)
             for row, record in read.items():
                 self._hot.put(row, record)
             found |= read
-        return _join([found[row] for row in rows.tolist()], self.form)
+        if self._usage:
+            self._usage.read(found)
+        return join([found[row] for row in rows.tolist()], self.form)
 
-    def _read(self, rows: list[int]) -> dict[int, StateRows]:
+    def _read(self, table: StateTable, rows: list[int]) -> dict[int, StateRows]:
         """Read rows of the table, and check each against its checksum."""
-        form = self.form
         found: dict[int, StateRows] = {}
-        with lance.reading(self._files, _REMEDY):
-            table = self._table.take_row_ids([self._lance[row] for row in rows]).select(_READ).to_arrow()
-            batch = StateRows(
-                streams=tuple(table["stream"].to_pylist()),
-                steps=table["step"].to_numpy(),
-                positions=table["position"].to_numpy(),
-                lengths=table["length"].to_numpy(),
-                keys=_flat(table["key"]).reshape(-1, form.key_dim),
-                values=_flat(table["values"]).reshape(-1, form.vectors, form.dim),
-                scales=_flat(table["scales"]).reshape(-1, form.vectors),
-                tokens=tuple(map(tuple, table["tokens"].to_pylist())),
-            )
-            for at, (row, crc) in enumerate(zip(table["row"].to_pylist(), table["crc"].to_pylist(), strict=True)):
-                found[row] = batch.take([at])
-                if crc != _crc(self.namespace, row, found[row]):
-                    raise CorruptError(f"row {row} of {self._files} is damaged: its checksum differs. {_REMEDY}")
+        with table.reading():
+            read = table.take([self._lance[row] for row in rows], _READ)
+            for name, row, record, crc in rows_of(read, self.form):
+                if crc_of(name, row, record) != crc:
+                    raise CorruptError(f"row {row} of {table.path} is damaged: its checksum differs. {REMEDY}")
+                found[row] = record
         for row in rows:
             if row not in found:
-                raise CorruptError(f"row {row} is gone from {self._files}, or its number is damaged. {_REMEDY}")
+                raise CorruptError(f"row {row} is gone from {table.path}, or its number is damaged. {REMEDY}")
         return found
 
-    # -- the table ---------------------------------------------------------------------------------------------------
     @property
-    def _files(self) -> Path:
-        return (self.folder or Path()) / "states.lance"
+    def _mine(self) -> str:
+        return f"namespace IN ({quoted(self.namespace)})"
 
-    def _open(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        database = lance.connect(folder)
-        if not (folder / "states.json").exists():
-            if any(self._files.glob("data/*.lance")):
-                raise CorruptError(
-                    f"{folder} holds states but no states.json, so nothing is written over them; "
-                    f"restore that file or move the folder away"
-                )
-            shutil.rmtree(self._files, ignore_errors=True)  # a creation that was interrupted
-            with lance.committing(self._ledger):
-                database.create_table("states", schema=_schema(self.form)).set_unenforced_primary_key("id")
-            _write_pin(folder, {"form": {"schema": SCHEMA, **asdict(self.form)}, "next": {}})
-        pinned = _read_pin(folder)
-        for name, ours in {"schema": SCHEMA, **asdict(self.form)}.items():
-            if (stored := pinned["form"].get(name)) != ours:
-                raise IncompatibleError(
-                    f"the states in {folder} were made with {name} {stored!r}; this run has {ours!r}. "
-                    f"Go back to {stored!r}, or delete that folder to have the states made again"
-                )
-        lance.heal(self._files, self._ledger)
-        try:
-            self._table = database.open_table("states")
-        except (ValueError, RuntimeError, OSError) as error:
-            text = f"the states in {folder} cannot be opened ({lance.first_line(error)}). {_REMEDY}"
-            raise CorruptError(text) from error
-        if self._table.schema != _schema(self.form):
-            raise CorruptError(f"the columns of {self._files} are not those that states.json speaks of. {_REMEDY}")
-        found = self._scan(["row", "id", "stream", "position", "length", "key"])
-        self._load(found.take(np.argsort(found["row"].to_numpy(), kind="stable")))
-        self._next = max([*self._places, pinned["next"].get(self.namespace, 0) - 1], default=-1) + 1
-
-    def _load(self, table: pa.Table) -> None:
-        """Bring into RAM what a search needs of rows, ascending."""
-        rows, ids, streams = table["row"].to_numpy(), table["id"].to_pylist(), table["stream"].to_pylist()
+    def _load(self, table: StateTable) -> None:
+        """Bring into RAM what a search needs of the rows of the namespace, ascending."""
+        found = table.scan(["row", "id", "stream", "position", "length", "key"], self._mine)
+        found = found.take(np.argsort(found["row"].to_numpy(), kind="stable"))
+        rows, ids, streams = found["row"].to_numpy(), found["id"].to_pylist(), found["stream"].to_pylist()
         self._places = dict(zip(rows.tolist(), zip(ids, streams, strict=True), strict=True))
         self._numbers = {identity: row for row, (identity, _) in self._places.items()}
-        self._lance = dict(zip(rows.tolist(), table["_rowid"].to_pylist(), strict=True))
-        ends = table["position"].to_numpy() + table["length"].to_numpy()
-        keys = _flat(table["key"]).reshape(len(rows), self.form.key_dim)
+        self._lance = dict(zip(rows.tolist(), found["_rowid"].to_pylist(), strict=True))
+        ends = found["position"].to_numpy() + found["length"].to_numpy()
+        keys = flat(found["key"]).reshape(len(rows), self.form.key_dim)
         held: dict[str, list[int]] = {}
         for at, stream in enumerate(streams):
             held.setdefault(stream, []).append(at)
         for stream, which in held.items():
             self._stream(stream).append(rows[which], ends[which], keys[which])
+        self._next = max([*self._places, table.next_row(self.namespace) - 1], default=-1) + 1
 
     def _stream(self, name: str) -> _Stream:
         return self._streams.setdefault(name, _Stream(self.form.key_dim))
 
-    def _scan(self, columns: list[str], condition: str = "true") -> pa.Table:
-        where = f"namespace IN ({_quoted(self.namespace)}) AND {condition}"
-        with lance.reading(self._files, _REMEDY):
-            return self._table.search().select(columns).with_row_id(True).where(where).limit(None).to_arrow()
 
-    def _to_arrow(self, records: dict[int, StateRows]) -> pa.Table:
-        batch = _join(list(records.values()), self.form)
-        columns = {
-            "id": [self._places[row][0] for row in records],
-            "row": list(records),
-            "namespace": [self.namespace] * len(batch),
-            "stream": batch.streams,
-            "step": batch.steps,
-            "position": batch.positions,
-            "length": batch.lengths,
-            "resolution": [self.form.ratio] * len(batch),
-            "created": [time.time()] * len(batch),
-            "key": _lists(batch.keys),
-            "values": _lists(batch.values),
-            "scales": _lists(batch.scales),
-            "tokens": batch.tokens,
-            "crc": [_crc(self.namespace, row, record) for row, record in records.items()],
-        }
-        return pa.table(columns, schema=_schema(self.form))
-
-
-def _schema(form: StateFormat) -> pa.Schema:
-    return pa.schema(
-        [
-            pa.field("id", pa.string(), nullable=False),
-            ("row", pa.int64()),
-            ("namespace", pa.string()),
-            ("stream", pa.string()),
-            ("step", pa.int64()),
-            ("position", pa.int64()),
-            ("length", pa.int32()),
-            ("resolution", pa.int32()),
-            ("created", pa.float64()),
-            ("key", pa.list_(pa.float16(), form.key_dim)),
-            ("values", pa.list_(pa.from_numpy_dtype(form.dtype), form.vectors * form.dim)),
-            ("scales", pa.list_(pa.float32(), form.vectors)),
-            ("tokens", pa.list_(pa.int32())),
-            ("crc", pa.uint32()),
-        ]
-    )
-
-
-def _lists(array: Array) -> pa.Array:
-    return pa.FixedSizeListArray.from_arrays(pa.array(array.reshape(-1)), array[0].size)
-
-
-def _flat(column: pa.ChunkedArray) -> Array:
-    flat: Array = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    return flat
-
-
-def _layout(form: StateFormat) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Give the dtype of each array of a batch, and its shape behind N."""
-    shapes = [(), (), (), (form.key_dim,), (form.vectors, form.dim), (form.vectors,)]
-    dtypes = ["int64", "int64", "int32", "float16", form.dtype, "float32"]
-    return dict(zip(_ARRAYS, zip(dtypes, shapes, strict=True), strict=True))
-
-
-def _join(parts: list[StateRows], form: StateFormat) -> StateRows:
-    """Put batches of one format behind one another; there may be none."""
-    arrays: dict[str, Any] = {
-        name: np.concatenate([np.empty((0, *shape), dtype), *(getattr(part, name) for part in parts)])
-        for name, (dtype, shape) in _layout(form).items()
-    }
-    streams, tokens = (tuple(chain(*(getattr(part, name) for part in parts))) for name in ("streams", "tokens"))
-    return StateRows(streams=streams, tokens=tokens, **arrays)
-
-
-def _crc(namespace: str, row: int, record: StateRows) -> int:
-    """Sum up a row: everything that is stored of it but the time."""
-    crc = zlib.crc32(json.dumps([namespace, row, record.streams, record.tokens]).encode())
-    for name in _ARRAYS:
-        crc = zlib.crc32(getattr(record, name).tobytes(), crc)
-    return crc
-
-
-def _quoted(name: str) -> str:
-    return next(lance.sql_lists([name]))
-
-
-def _read_pin(folder: Path) -> dict[str, dict[str, Any]]:
+def _compact(table: StateTable) -> None:
+    """Make the files of a table smaller; one that cannot be made so is left as it is, with a warning."""
     try:
-        pinned = json.loads((folder / "states.json").read_text())
-        if isinstance(pinned["form"], dict) and isinstance(pinned["next"], dict):
-            return {"form": pinned["form"], "next": pinned["next"]}
-        raise ValueError("its entries are not those of a table of states")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CorruptError(f"{folder / 'states.json'} cannot be read ({error}). {_REMEDY}") from error
-
-
-def _write_pin(folder: Path, pinned: dict[str, dict[str, Any]]) -> None:
-    write_json(folder / "states.json", pinned)
+        table.compact(keep=timedelta(milliseconds=1))
+    except Exception as error:  # whatever it is, nothing is lost, and no one waits for it
+        logger.warning("the states in %s were not compacted: %s", table.folder, error)
 
 
 def _check_name(kind: str, name: str) -> None:
@@ -586,7 +445,7 @@ def _check_array(name: str, array: Array, dtype: str, shape: tuple[int | None, .
 def _check_rows(rows: StateRows, form: StateFormat) -> None:
     """Refuse what cannot be stored, before anything is."""
     count = len(rows)
-    for name, (dtype, shape) in _layout(form).items():
+    for name, (dtype, shape) in layout(form).items():
         _check_array(name, getattr(rows, name), dtype, (count, *shape))
     if rows.tokens and len(rows.tokens) != count:
         raise UsageError(f"tokens must have {count} entries, one a record; it has {len(rows.tokens)}")

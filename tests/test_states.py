@@ -14,8 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from l2m_rag.errors import CorruptError, IncompatibleError, UsageError
-from l2m_rag.memory_tiers import disk, states
-from l2m_rag.memory_tiers.states import StateFormat, StateRows, StateTier
+from l2m_rag.memory_tiers import disk, state_table, states
+from l2m_rag.memory_tiers.state_table import StateFormat, StateRows, StateTable
+from l2m_rag.memory_tiers.states import StateTier
 
 FORM = StateFormat(
     key_dim=8, dim=6, vectors=3, ratio=4, dtype="int8", backbone="b0", depth=3, key_version="k0"
@@ -447,9 +448,9 @@ def test_what_was_used_last_stays_hot(folder: Path, monkeypatch: pytest.MonkeyPa
     read: list[list[int]] = []
     real = tier._read
 
-    def reading(rows: list[int]) -> dict[int, StateRows]:
+    def reading(table: StateTable, rows: list[int]) -> dict[int, StateRows]:
         read.append(rows)
-        return real(rows)
+        return real(table, rows)
 
     monkeypatch.setattr(tier, "_read", reading)
     tier.fetch(np.array([0, 1, 2, 3]))
@@ -457,8 +458,8 @@ def test_what_was_used_last_stays_hot(folder: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_wrong_checksum_names_the_row(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = states._crc
-    monkeypatch.setattr(states, "_crc", lambda name, row, record: right(name, row, record) ^ (row == 1))
+    right = state_table.crc_of
+    monkeypatch.setattr(state_table, "crc_of", lambda name, row, record: right(name, row, record) ^ (row == 1))
     with StateTier(FORM, folder) as tier:
         tier.add(batch(3))
     monkeypatch.undo()
@@ -517,6 +518,7 @@ def test_a_newer_schema_is_refused(folder: Path) -> None:
     StateTier(FORM, folder).close()
     pinned = json.loads((folder / "states.json").read_text())
     pinned["form"]["schema"] = 99
+    del pinned["digest"]
     (folder / "states.json").write_text(json.dumps(pinned))
     with pytest.raises(IncompatibleError, match="schema 99; this run has 1"):
         StateTier(FORM, folder)
@@ -528,6 +530,17 @@ def test_a_pin_that_cannot_be_read_is_damage(folder: Path, content: str) -> None
     (folder / "states.json").write_text(content, encoding="latin-1")
     with pytest.raises(CorruptError, match=r"states\.json cannot be read"):
         StateTier(FORM, folder)
+
+
+def test_a_pin_with_a_flipped_bit_is_damage(folder: Path) -> None:
+    StateTier(FORM, folder).close()
+    whole = (folder / "states.json").read_bytes()
+    for at in range(0, len(whole), 7):
+        flipped = bytearray(whole)
+        flipped[at] ^= 1
+        (folder / "states.json").write_bytes(flipped)
+        with pytest.raises((CorruptError, IncompatibleError)):
+            StateTier(FORM, folder)
 
 
 def test_nothing_is_made_over_states_without_a_pin(folder: Path) -> None:
