@@ -6,7 +6,6 @@ This is where indexers, tier and decoder meet. It stands above `qa` because `kb.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import logging
 import os
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from l2m_rag import qa
 from l2m_rag.config import LONGEST_QUESTION, Settings, check_name, load_settings
-from l2m_rag.errors import CollectionNotFound, CorruptError, IncompatibleError, LoadError, UsageError
+from l2m_rag.errors import CollectionNotFound, CorruptError, IncompatibleError, LoadError, ReadOnlyError, UsageError
 from l2m_rag.models import load_embedder, load_language_model
 from l2m_rag.weights import DEFAULT_EMBEDDER
 
@@ -356,11 +355,8 @@ class Collection:
         from l2m_rag.memory_tiers.long_term import writing
 
         with ExitStack() as stack:
-            try:
+            with suppress(ReadOnlyError):
                 stack.enter_context(writing(self._existing()))
-            except OSError as error:
-                if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
-                    raise
             yield self._newest()
 
     def _newest(self) -> LongTermTier:

@@ -10,7 +10,8 @@ Every error that a user can cause is an `L2MError`; its text says what was wrong
     ├── MissingExtraError      1   a package of an optional extra is not installed
     ├── WeightsError           1   model weights are missing, cut short or altered
     ├── ModelError             1   a language model could not be used
-    ├── DiskFullError          1   there is no room for what was asked, on the disk or in its budget
+    ├── DiskFullError          1   there is no room on the disk for what was asked
+    ├── ReadOnlyError          1   what would have to be written cannot be written
     ├── CollectionNotFound    10
     ├── LockedError           11   another process is writing
     ├── IncompatibleError     12   made with another embedder or format
@@ -76,7 +77,11 @@ class WeightsError(L2MError):
 
 
 class DiskFullError(L2MError):
-    """No room on the disk, or in the budget that was set for it; nothing was written."""
+    """No room on the disk; what was stored before is as it was."""
+
+
+class ReadOnlyError(L2MError):
+    """A place that cannot be written; what is stored there can be read."""
 
 
 class ModelError(L2MError):

@@ -10,20 +10,22 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from l2m_rag.errors import DiskFullError
+from l2m_rag.errors import DiskFullError, L2MError, ReadOnlyError
 
 # the one file that Lance writes again; it only says where to look first
 _CHANGING = {"latest_version_hint.json"}
 _ENDINGS = {".lance": b"LANC", ".manifest": b"LANC", ".arrow": b"ARROW1"}
 _SPARE = 1000  # lines on files that are gone, up to which the list is left as it is
+_NUMBER = re.compile(r"\(os error (\d+)\)")
 _PART = 1 << 20
 _ROOM = 2  # times what is stored: a compaction was seen to take 1.7 times
 _LOOKS, _PAUSE = 10, 0.1  # at a file without its end, and seconds between them
@@ -54,7 +56,7 @@ class Ledger:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         self._path = folder / "checksums.log"
         self._known: dict[str, tuple[int, int]] = {}  # CRC-32 and bytes of each path
         self._read = 0  # bytes of the list that were read
@@ -88,20 +90,20 @@ class Ledger:
             if path in self._known or path in left:
                 continue
             with suppress(FileNotFoundError):  # a scratch file, or cleaned up by another process
-                fsync(self._folder / path)
-                new[path] = _checksum(self._folder / path)
-                above = (self._folder / path).parent
+                fsync(self.folder / path)
+                new[path] = _checksum(self.folder / path)
+                above = (self.folder / path).parent
                 folders |= {above, above.parent}
         short = self._without_end(new)
         for _ in range(_LOOKS):
             if not short:
                 break
             time.sleep(_PAUSE)  # a writer that holds no lock may be at it
-            new |= {path: _checksum(self._folder / path) for path in short if (self._folder / path).exists()}
+            new |= {path: _checksum(self.folder / path) for path in short if (self.folder / path).exists()}
             short = self._without_end(short)
         if short:
             self._left = left | short
-            raise CutShortError(self._folder / min(short), [self._folder / one for one in new])
+            raise CutShortError(self.folder / min(short), [self.folder / one for one in new])
         for parent in folders:
             with suppress(OSError):  # some file systems know no fsync of a folder
                 fsync(parent)
@@ -116,14 +118,14 @@ class Ledger:
         found = set()
         for path in paths:
             with suppress(FileNotFoundError):
-                if not _has_end(self._folder / path):
+                if not _has_end(self.folder / path):
                     found.add(path)
         return found
 
     def forget(self, paths: Iterable[Path]) -> None:
         """Strike files off the list that were moved away, as others will take their names."""
         self._look()
-        struck = [path for path in (str(path.relative_to(self._folder)) for path in paths) if path in self._known]
+        struck = [path for path in (str(path.relative_to(self.folder)) for path in paths) if path in self._known]
         if struck:
             self._append("".join(f"\n- - {path}" for path in struck))
         for path in struck:
@@ -140,16 +142,16 @@ class Ledger:
         for path in sorted(self._files()):
             if path.startswith(below) and path in self._known:
                 with suppress(FileNotFoundError):  # compaction deletes files
-                    if _checksum(self._folder / path) != self._known[path]:
+                    if _checksum(self.folder / path) != self._known[path]:
                         wrong.append(path)
         return wrong
 
     def _files(self) -> Iterator[str]:
         """Give the files of the tables, which lie in folders of their own."""
-        for root, _, names in os.walk(self._folder):
+        for root, _, names in os.walk(self.folder):
             for name in names:
-                if name not in _CHANGING and root != str(self._folder):
-                    yield os.path.relpath(os.path.join(root, name), self._folder)
+                if name not in _CHANGING and root != str(self.folder):
+                    yield os.path.relpath(os.path.join(root, name), self.folder)
 
     def _look(self) -> None:
         """Read what was added to the list, perhaps by another process."""
@@ -210,6 +212,34 @@ def _checksum(path: Path) -> tuple[int, int]:
     return crc, size
 
 
+@contextmanager
+def telling(folder: Path) -> Iterator[None]:
+    """Turn what a disk that is full or read-only answers into an error that says what to do.
+
+    Raises:
+        DiskFullError: there was no room.
+        ReadOnlyError: the disk takes nothing.
+    """
+    try:
+        yield
+    except L2MError:
+        raise
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        if number is None and (found := _NUMBER.search(str(error))):  # what comes from Lance has it in its text only
+            number = int(found[1])
+        if number in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFullError(
+                f"the disk of {folder} is full; nothing is lost. Make room and run the same again"
+            ) from error
+        if number in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise ReadOnlyError(
+                f"{folder} cannot be written ({os.strerror(number)}); what is in it can be read. Make it writable, or "
+                f"keep the data elsewhere: l2m --home DIR"
+            ) from error
+        raise
+
+
 def check_room(folder: Path, live: int) -> None:
     """Refuse a compaction for which the disk has no room: files are written anew before the old ones go.
 
@@ -253,13 +283,14 @@ def write_bytes(path: Path, content: bytes) -> None:
     One process writes at a time, which holds the lock, so what a killed one has left is written over by the next.
     """
     scratch = path.with_name(f".{path.name}.new")
-    try:
-        with scratch.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with telling(path.parent):
+        try:
+            with scratch.open("wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            scratch.replace(path)
+        finally:
+            scratch.unlink(missing_ok=True)
     with suppress(OSError):
         fsync(path.parent)

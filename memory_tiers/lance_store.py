@@ -34,7 +34,7 @@ from lancedb.index import FTS
 from lancedb.query import MatchQuery
 
 from l2m_rag.errors import CorruptError, DiskFullError, L2MError, UsageError
-from l2m_rag.memory_tiers.disk import CutShortError, Ledger, check_room
+from l2m_rag.memory_tiers.disk import CutShortError, Ledger, check_room, telling
 from l2m_rag.memory_tiers.records import Chunk, DocumentRow, Scalar
 
 logger = logging.getLogger(__name__)
@@ -495,7 +495,8 @@ def live_bytes(table: Any) -> int:
 
 def connect(folder: Path) -> Any:
     """Open a folder of tables; the row ids of those made in it survive compaction, so that others can refer to rows."""
-    return lancedb.connect(str(folder), storage_options={"new_table_enable_stable_row_ids": "true"})
+    with telling(folder):  # it makes the folder
+        return lancedb.connect(str(folder), storage_options={"new_table_enable_stable_row_ids": "true"})
 
 
 @contextmanager
@@ -523,17 +524,20 @@ def committing(ledger: Ledger, *tables: Any) -> Iterator[None]:
         tables: Lance's handles, which are brought to what is then the newest version.
 
     Raises:
-        OSError: the disk did not take all.
+        DiskFullError: there was no room.
+        ReadOnlyError: the disk takes nothing.
+        OSError: it did not take all, for another reason.
     """
-    ledger.begin()
-    try:
-        yield
-    except BaseException:
-        ledger.failed()
-        with suppress(OSError):
-            _settle(ledger, tables)
-        raise
-    _settle(ledger, tables)
+    with telling(ledger.folder):
+        ledger.begin()
+        try:
+            yield
+        except BaseException:
+            ledger.failed()
+            with suppress(OSError):
+                _settle(ledger, tables)
+            raise
+        _settle(ledger, tables)
 
 
 def _settle(ledger: Ledger, tables: Sequence[Any]) -> None:

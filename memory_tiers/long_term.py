@@ -25,7 +25,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from l2m_rag.errors import CollectionNotFound, CorruptError, IncompatibleError, LockedError, UsageError
-from l2m_rag.memory_tiers.disk import digest, write_json
+from l2m_rag.memory_tiers.disk import digest, telling, write_json
 from l2m_rag.memory_tiers.hot_index import HotIndex, catch_up, open_hot_index
 from l2m_rag.memory_tiers.lance_store import LanceStore, RowIds, Scores, Vector, Vectors
 from l2m_rag.memory_tiers.records import Chunk, DocumentRow, Passage
@@ -523,18 +523,25 @@ def writing(folder: Path) -> Iterator[None]:
 
     Raises:
         LockedError: another process holds it; the text names that process.
+        DiskFullError: there is no room for it.
+        ReadOnlyError: the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     owner = folder / "writer.json"
     lock = FileLock(folder / "writer.lock", timeout=0)
+    with telling(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise LockedError(
+                f"collection {folder.name!r} is being written by {_owner(owner)}; try again when it has finished"
+            ) from None
+        try:
+            write_json(owner, {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()})
+        except BaseException:
+            lock.release()
+            raise
     try:
-        lock.acquire()
-    except Timeout:
-        raise LockedError(
-            f"collection {folder.name!r} is being written by {_owner(owner)}; try again when it has finished"
-        ) from None
-    try:
-        write_json(owner, {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()})
         yield
     finally:
         owner.unlink(missing_ok=True)

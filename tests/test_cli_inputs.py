@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -390,7 +391,10 @@ def test_words_with_signs_are_searched_for(inside: Callable[..., Result], tmp_pa
 
 
 @pytest.mark.skipif(not shutil.which("unshare"), reason="needs Linux namespaces")
-@pytest.mark.parametrize(("mount", "message"), [("-o size=2m", "l2m: disk is full"), ("-o ro", "l2m: Read-only file")])
+@pytest.mark.parametrize(
+    ("mount", "message"),
+    [("-o size=2m", "is full; nothing is lost"), ("-o ro", r"cannot be written \(Read-only file system\)")],
+)
 def test_a_disk_that_takes_no_more_is_one_line(
     environment: dict[str, str], embedder: Path, tmp_path: Path, mount: str, message: str
 ) -> None:
@@ -410,4 +414,4 @@ def test_a_disk_that_takes_no_more_is_one_line(
     if ran.returncode == 77 or "unshare" in ran.stderr:
         pytest.skip("no namespaces here")
     assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (1, "", 1), ran.stderr
-    assert ran.stderr.startswith(message)
+    assert re.search(message, ran.stderr)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from l2m_rag.errors import CorruptError, IncompatibleError, UsageError
+from l2m_rag.errors import CorruptError, DiskFullError, IncompatibleError, UsageError
 from l2m_rag.memory_tiers import disk, state_table, states
 from l2m_rag.memory_tiers.state_table import StateFormat, StateRows, StateTable
 from l2m_rag.memory_tiers.states import StateTier
@@ -595,7 +595,7 @@ def test_a_commit_that_failed_is_tried_again(folder: Path, monkeypatch: pytest.M
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(disk.Ledger, "settle", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(DiskFullError, match="is full; nothing is lost"):
         tier.flush()
     monkeypatch.undo()
     assert len(tier) == len(found(tier, "s")) == 3

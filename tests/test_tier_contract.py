@@ -1,9 +1,13 @@
 """One contract for every backend of the long-term tier, and each held equal to the in-memory reference."""
 
 import random
+import shutil
+import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +16,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from l2m_rag.errors import L2MError, UsageError
+from l2m_rag.errors import DiskFullError, IncompatibleError, L2MError, ReadOnlyError, UsageError
 from l2m_rag.memory_tiers.in_memory import InMemoryTier
-from l2m_rag.memory_tiers.long_term import Fusion, LongTermTier, Manifest, Mode, Tier, create_tier
+from l2m_rag.memory_tiers.long_term import Fusion, LongTermTier, Manifest, Mode, Tier, create_tier, writing
 from l2m_rag.memory_tiers.records import Chunk
+from l2m_rag.memory_tiers.state_table import StateFormat, StateRows
 
 DIMENSION = 16
+FORM = StateFormat(key_dim=8, dim=6, vectors=3, ratio=4, dtype="int8", backbone="b", depth=3, key_version="k")
 WORDS = ["lease", "rent", "house", "garden", "tree", "river", "stone", "paper", "engine", "mirror", "kettle"]
 """A stemmer may shorten them, but each to a stem of its own."""
 
@@ -170,6 +176,31 @@ def test_a_search_that_cannot_be_made_is_an_error(tier: Tier, vector: Any, k: in
         tier.search("lease", vector.astype(np.float32), k, mode=mode)
 
 
+def test_the_states_of_a_tier_are_searched_by_key(tier: Tier) -> None:
+    keys = np.eye(4, FORM.key_dim, dtype=np.float16)
+    made = StateRows(
+        streams=("a", "a", "b", "b"),
+        steps=np.arange(4),
+        positions=np.array([0, 10, 0, 10]),
+        lengths=np.full(4, 10, np.int32),
+        keys=keys,
+        values=np.arange(4 * 18, dtype=np.int8).reshape(4, 3, 6),
+        scales=np.ones((4, 3), np.float32),
+        tokens=(),
+    )
+    with tier.states(FORM, namespace="ada") as states:
+        rows = states.add(made)
+        found, scores = states.search(keys[3:].astype(np.float32), ["b"], np.array([100]), 2)
+        assert (found.tolist(), scores.tolist()) == ([[rows[3], rows[2]]], [[1, 0]])
+        assert states.fetch(rows[1:2]).values.tolist() == made.values[1:2].tolist()
+    assert len(tier.states(FORM, namespace="ada")) == 4
+    assert len(tier.states(FORM, namespace="bob")) == 0
+    with pytest.raises(IncompatibleError, match="this run has"):
+        tier.states(replace(FORM, depth=4), namespace="ada")
+    tier.compact()
+    assert tier.verify() == []
+
+
 def test_an_empty_tier_finds_nothing(tier: Tier) -> None:
     tier.add([], np.empty((0, DIMENSION), np.float32))
     for mode in ("dense", "hybrid", "text"):
@@ -247,6 +278,70 @@ def test_deleted_words_are_not_found_after_their_rows_are_gone_from_the_files(ti
         store.optimize()  # as an ingest does it, without the indexes made anew
     assert sorted(ids(tier.search(" ".join(WORDS), None, 20, mode="text"))) == [9, 10, 11, 20]
     assert len(tier.search(" ".join(WORDS), None, 2, mode="text")) == 2
+
+
+# -- disks
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(place)], capture_output=True, check=False
+    )
+    if not mounted or mounted.returncode:
+        pytest.skip("a small disk cannot be mounted here")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def all_of(tier: Tier) -> list[Chunk]:
+    return tier.fetch([chunk(number).id for number in range(1000)])
+
+
+def test_a_full_disk_is_an_error_and_what_is_stored_stays(small_disk: Path) -> None:
+    tier = on_disk(small_disk)
+    filled(tier)
+    before = all_of(tier)
+    filling = small_disk / "filling"
+    with suppress(OSError), filling.open("wb") as stream:
+        while True:
+            stream.write(bytes(4096))
+            stream.flush()
+    many = [chunk(number) for number in range(100, 900)]
+    for _ in range(2):
+        with pytest.raises(DiskFullError, match="is full; nothing is lost"):
+            tier.add(many, vectors(800))
+        with pytest.raises(DiskFullError):
+            tier.evict([chunk(3).id])
+        with pytest.raises(DiskFullError), writing(small_disk / "collection"):
+            pass
+        assert all_of(tier) == before
+    again = LongTermTier(small_disk / "collection")
+    assert (all_of(again), again.verify()[:-3]) == (before, [])  # no documents were told of
+    filling.unlink()
+    with writing(small_disk / "collection"):
+        again.add(many, vectors(800))
+    assert len(all_of(again)) == 812
+
+
+def test_a_disk_that_is_read_only_is_an_error_and_can_be_searched(small_disk: Path) -> None:
+    made = filled(on_disk(small_disk))
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    tier = LongTermTier(small_disk / "collection")
+    assert ids(tier.search("", made[5], 1)) == [5]
+    for write in (
+        partial(tier.add, [chunk(90)], vectors(1)),
+        partial(tier.evict, [chunk(3).id]),
+        tier.compact,
+        tier.repair,
+        partial(tier.states, FORM),
+        writing(small_disk / "collection").__enter__,
+    ):
+        with pytest.raises(ReadOnlyError, match="cannot be written"):
+            write()
+    assert len(all_of(tier)) == 12
 
 
 def test_every_error_is_one_that_is_meant_for_the_user(tier: Tier) -> None:
