@@ -17,11 +17,19 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from l2m_rag import qa
 from l2m_rag.config import LONGEST_QUESTION, Settings, check_name, load_settings
-from l2m_rag.errors import CollectionNotFound, CorruptError, IncompatibleError, LoadError, ReadOnlyError, UsageError
+from l2m_rag.errors import (
+    CollectionNotFound,
+    CorruptError,
+    IncompatibleError,
+    LoadError,
+    LockedError,
+    ReadOnlyError,
+    UsageError,
+)
 from l2m_rag.models import load_embedder, load_language_model
 from l2m_rag.weights import DEFAULT_EMBEDDER
 
@@ -29,8 +37,13 @@ if TYPE_CHECKING:
     from l2m_rag.indexers.embedding import Embedder
     from l2m_rag.indexers.pipeline import IngestReport, Limits, Progress
     from l2m_rag.indexers.ray_ingest import RayWorkers
+    from l2m_rag.memory_tiers.lance_store import Vectors
     from l2m_rag.memory_tiers.long_term import Fusion, LongTermTier, Mode
     from l2m_rag.memory_tiers.records import DocumentRow, Passage
+    from l2m_rag.memory_tiers.texts import Text
+
+PATIENCE = 30.0
+"""Seconds for which `put` and `drop` wait for another writer."""
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +96,23 @@ class VerifyReport:
     chunks: int = 0
 
 
+class Encoder(Protocol):
+    """What makes the vectors of a collection.
+
+    Args:
+        name: by which the collection remembers it.
+        fingerprint: of what it gives; another one is refused.
+        dimension: of its vectors.
+    """
+
+    name: str
+    fingerprint: str
+    dimension: int
+
+    def encode(self, texts: Sequence[str]) -> Vectors:
+        """Give the vectors of texts, (N, dimension) float32."""
+
+
 class Collection:
     """A named set of documents; nothing is touched before it is used.
 
@@ -90,12 +120,15 @@ class Collection:
         name: its name.
         folder: where it lies.
         settings: how it reads, cuts, embeds and answers.
+        embedder: in place of the one that the settings name; texts can be put in with any, files only be ingested with
+            one of ours.
     """
 
-    def __init__(self, name: str, folder: Path, settings: Settings) -> None:
+    def __init__(self, name: str, folder: Path, settings: Settings, embedder: Encoder | None = None) -> None:
         self.name = name
         self.path = folder
         self.settings = settings
+        self._given = embedder
         self._tier: LongTermTier | None = None
         self._opened: tuple[int, int] | None = None  # the manifest that the tier was opened with
 
@@ -132,6 +165,11 @@ class Collection:
         from l2m_rag.indexers import pipeline
         from l2m_rag.memory_tiers.long_term import writing
 
+        if self._given is not None:
+            raise UsageError(
+                f"collection {self.name!r} was opened with the embedder {self._given.name!r}, for texts; files are "
+                f"read with one that the settings name"
+            )
         limits = self._limits(workers)
         if dry_run:
             tier = self.tier() if self.exists() else None
@@ -142,7 +180,7 @@ class Collection:
             if not self.exists():
                 if not pipeline.plan(paths, None, limits, glob=glob).todo:
                     return pipeline.IngestReport(self.name)  # nothing to read: no collection is made for it
-                embedder = load_embedder(self.settings)  # one that cannot be loaded leaves no folder
+                embedder = self._load()  # one that cannot be loaded leaves no folder
                 if workers_of_ray:  # nor does a cluster that cannot be used
                     workers_of_ray.start(embedder.fingerprint)
             stack.enter_context(writing(self.path))
@@ -152,7 +190,48 @@ class Collection:
             work = pipeline.plan(paths, tier.store, limits, glob=glob, prune=prune)
             if workers_of_ray and any(file.error is None for file in work.todo):
                 workers_of_ray.start(tier.manifest.fingerprint)
-            return pipeline.ingest(self.name, work, tier, self._embedder, limits, progress, workforce=workers_of_ray)
+            return pipeline.ingest(self.name, work, tier, self._cutter, limits, progress, workforce=workers_of_ray)
+
+    def put(self, texts: Sequence[Text]) -> None:
+        """Insert texts of a program beside the documents, or replace those whose id is there; they are found at once.
+
+        Args:
+            texts: with ids that differ.
+
+        Raises:
+            UsageError: an id, a text or its metadata cannot be stored; nothing was written.
+            LockedError: another process is writing, and went on for `PATIENCE` seconds.
+            IncompatibleError: the collection was made with another embedder.
+        """
+        from l2m_rag.memory_tiers import texts as stored
+
+        if not texts:
+            return
+        stored.check(texts)
+        vectors = self._load().encode([text.text for text in texts])
+        with self._turn():
+            tier = self._newest() if self.exists() else self._create()
+            self._embedder()
+            stored.put(tier, texts, vectors)
+
+    def get(self, ids: Sequence[str]) -> list[Text]:
+        """Give the texts of those ids that are there, in the order asked for, each once."""
+        from l2m_rag.memory_tiers import texts as stored
+
+        return stored.get(self._newest(), ids) if self.exists() else []
+
+    def drop(self, ids: Sequence[str]) -> list[str]:
+        """Delete texts by id, for good; give the ids of those that were there.
+
+        Raises:
+            LockedError: another process is writing, and went on for `PATIENCE` seconds.
+        """
+        from l2m_rag.memory_tiers import texts as stored
+
+        if not self.exists():
+            return []
+        with self._turn():
+            return stored.drop(self._newest(), ids)
 
     # -- out ---------------------------------------------------------------------------------------------------------
     def search(
@@ -350,6 +429,23 @@ class Collection:
 
     # -- inside ------------------------------------------------------------------------------------------------------
     @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Hold the writer's lock; what another one writes is waited for, as it is mostly soon over."""
+        from l2m_rag.memory_tiers.long_term import writing
+
+        until = time.monotonic() + PATIENCE
+        with ExitStack() as stack:
+            while True:
+                try:
+                    stack.enter_context(writing(self.path))
+                    break
+                except LockedError:
+                    if time.monotonic() > until:
+                        raise
+                    time.sleep(0.01)
+            yield
+
+    @contextmanager
     def _at_rest(self) -> Iterator[LongTermTier]:
         """Keep writers out, so that both tables are of one moment; nobody writes where the disk takes nothing."""
         from l2m_rag.memory_tiers.long_term import writing
@@ -386,7 +482,8 @@ class Collection:
         if self._tier is None or self._opened != manifest:
             self._tier = None
             tier = LongTermTier(self.path)
-            wanted = DEFAULT_EMBEDDER if self.settings.embedder == "default" else self.settings.embedder
+            named = DEFAULT_EMBEDDER if self.settings.embedder == "default" else self.settings.embedder
+            wanted = self._given.name if self._given else named
             if tier.manifest.embedder != wanted:
                 raise IncompatibleError(
                     f"collection {self.name!r} was made with the embedder {tier.manifest.embedder!r}; the settings say "
@@ -398,7 +495,7 @@ class Collection:
     def _create(self) -> LongTermTier:
         from l2m_rag.memory_tiers.long_term import Manifest, create_tier
 
-        embedder = load_embedder(self.settings)
+        embedder = self._load()
         create_tier(
             self.path,
             Manifest(
@@ -410,9 +507,13 @@ class Collection:
         )
         return self.tier()
 
-    def _embedder(self) -> Embedder:
+    def _load(self) -> Encoder:
+        """Give the embedder that was given, or that the settings name."""
+        return self._given or load_embedder(self.settings)
+
+    def _embedder(self) -> Encoder:
         """Give the embedder, checked against the one that made the collection."""
-        embedder = load_embedder(self.settings)
+        embedder = self._load()
         made = self.tier().manifest
         if (embedder.fingerprint, embedder.dimension) != (made.fingerprint, made.dimension):
             raise IncompatibleError(
@@ -420,6 +521,11 @@ class Collection:
                 f"{made.dimension}-d; now {embedder.fingerprint}, {embedder.dimension}-d). Ingest into a new collection"
             )
         return embedder
+
+    def _cutter(self) -> Embedder:
+        """Give the embedder, whose tokenizer also says where texts are cut."""
+        self._embedder()
+        return load_embedder(self.settings)
 
     def _ray_workers(self, address: str, limits: Limits) -> RayWorkers:
         """Give the workers of a Ray cluster, which has been seen to answer; they load the embedder by themselves."""

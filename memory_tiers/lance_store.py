@@ -213,6 +213,15 @@ class LanceStore:
         table = self._scan(["text", "embedding"], f"document IN ({next(sql_lists([document]))})")
         return dict(zip(table["text"].to_pylist(), _matrix(table["embedding"], self.dimension), strict=True))
 
+    def vectors_named(self, ids: Sequence[str]) -> dict[str, Vector]:
+        """Give the embeddings of those ids that are there."""
+        tables = [self._scan(["id", "embedding"], f"id IN ({names})") for names in sql_lists(ids)]
+        return {
+            one: vector
+            for table in tables
+            for one, vector in zip(table["id"].to_pylist(), _matrix(table["embedding"], self.dimension), strict=True)
+        }
+
     def chunks_per_document(self) -> dict[str, int]:
         """Give the number of chunks of every document that has any."""
         counted = self._scan(["document"])["document"].value_counts().to_pylist()

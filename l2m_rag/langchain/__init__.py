@@ -1,0 +1,15 @@
+"""LangChain classes over the same collections as the command line (extra `langchain`)."""
+
+from l2m_rag.errors import MissingExtraError
+
+try:
+    import langchain_core  # noqa: F401 - only to say what is missing
+except ImportError:
+    raise MissingExtraError("langchain-core", "langchain") from None
+
+from l2m_rag.langchain.documents import L2MDocumentIndex
+from l2m_rag.langchain.embeddings import L2MEmbeddings
+from l2m_rag.langchain.retrievers import L2MRetriever
+from l2m_rag.langchain.vectorstores import L2MVectorStore
+
+__all__ = ["L2MDocumentIndex", "L2MEmbeddings", "L2MRetriever", "L2MVectorStore"]
