@@ -30,8 +30,8 @@ import l2m_rag
 from l2m_rag import collection as library
 from l2m_rag.collection import Collection
 from l2m_rag.config import Settings
-from l2m_rag.errors import IncompatibleError, L2MError, LockedError, UsageError
-from l2m_rag.langchain import L2MDocumentIndex, L2MEmbeddings, L2MRetriever, L2MVectorStore
+from l2m_rag.errors import IncompatibleError, L2MError, LoadError, LockedError, UsageError
+from l2m_rag.langchain import L2MDocumentIndex, L2MDocumentLoader, L2MEmbeddings, L2MRetriever, L2MVectorStore
 from l2m_rag.memory_tiers.long_term import writing
 from l2m_rag.memory_tiers.texts import Text
 
@@ -359,3 +359,40 @@ def test_index_adds_what_is_new_and_deletes_what_is_gone(made: Settings, kind: s
     assert run(documents) == (0, 3, 0)
     assert run(documents[:1]) == (0, 1, 2)
     assert [one.page_content for one in store.similarity_search("sheep", k=5)] == TEXTS[:1]
+
+
+# -- the loader
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    place = tmp_path / "docs"
+    place.mkdir()
+    (place / "b.md").write_text("# Lease\n\nThe lease ends in May.")
+    (place / "a.csv").write_text("name,sheep\nAda,40\n")
+    (place / "bad.pdf").write_bytes(b"%PDF-1.7 and no more")
+    (place / "empty.txt").write_text("")
+    return place
+
+
+def test_a_loader_gives_what_an_ingest_would_read(
+    folder: Path, kb: Collection, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = {Path(one.metadata["source"]).name: one for one in L2MDocumentLoader(folder).lazy_load()}
+    report = kb.ingest(folder)
+    assert list(found) == ["a.csv", "b.md"]
+    for name, document in found.items():
+        assert document.page_content.strip() == kb.text(name).strip()
+        assert document.id == name
+    assert (found["b.md"].metadata["title"], found["b.md"].metadata["mime"]) == ("Lease", "text/markdown")
+    for failure in report.failed:
+        assert f"{failure.path} is left out: {failure.reason}" in caplog.text
+    assert [one.id for one in asyncio.run(L2MDocumentLoader(folder, glob="*.md").aload())] == ["b.md"]
+    assert [one.id for one in L2MDocumentLoader(folder / "a.csv", folder / "b.md").load()] == ["a.csv", "b.md"]
+
+
+def test_a_file_that_cannot_be_read_is_an_error_where_that_is_wanted(folder: Path) -> None:
+    with pytest.raises(LoadError, match=r"corrupt: .*bad\.pdf"):
+        L2MDocumentLoader(folder, glob="*.pdf", unreadable="raise").load()
+    with pytest.raises(UsageError, match="no such file or folder"):
+        L2MDocumentLoader(folder / "none").load()
+    with pytest.raises(UsageError, match="must be skip or raise"):
+        L2MDocumentLoader(folder, unreadable="ignore")  # type: ignore[arg-type]

@@ -9,7 +9,8 @@ except ImportError:
 
 from l2m_rag.langchain.documents import L2MDocumentIndex
 from l2m_rag.langchain.embeddings import L2MEmbeddings
+from l2m_rag.langchain.loaders import L2MDocumentLoader
 from l2m_rag.langchain.retrievers import L2MRetriever
 from l2m_rag.langchain.vectorstores import L2MVectorStore
 
-__all__ = ["L2MDocumentIndex", "L2MEmbeddings", "L2MRetriever", "L2MVectorStore"]
+__all__ = ["L2MDocumentIndex", "L2MDocumentLoader", "L2MEmbeddings", "L2MRetriever", "L2MVectorStore"]
