@@ -91,7 +91,7 @@ def tier(tmp_path: Path, hashing: Any) -> LongTermTier:
     return new_tier(tmp_path / "collection", hashing)
 
 
-def new_tier(folder: Path, embedder: Any) -> LongTermTier:
+def new_tier(folder: Where, embedder: Any) -> LongTermTier:
     return create_tier(
         folder, Manifest(embedder="hashing", fingerprint="x", dimension=embedder.dimension, created_at=0)
     )
@@ -523,9 +523,9 @@ def finish(hashing: Any, monkeypatch: pytest.MonkeyPatch) -> Check:
     return run
 
 
-def no_scratch(folder: Path) -> bool:
+def no_scratch(folder: Where) -> bool:
     """Say whether a collection's folder holds nothing that a killed run has left (but for what a next save sweeps)."""
-    left = {path.name for path in folder.iterdir() if not path.name.startswith(".hot-")}
+    left = {path.name for path in Path(str(folder)).iterdir() if not path.name.startswith(".hot-")}
     return left - {"hot"} == {"manifest.json", "tables", "writer.lock"}
 
 
