@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -285,8 +285,8 @@ class Prefix:
 
     def manifests(self, table: str) -> list[str]:
         """Give the name of the object that makes the newest version of a table of Lance; names count down."""
-        found = self.files(f"{table}.lance/_versions")
-        return [path for path, _ in found if path.endswith(".manifest")][:1]
+        found = (path for path, _ in self.files(f"{table}.lance/_versions") if path.endswith(".manifest"))
+        return list(islice(found, 1))  # one page of many is asked for
 
     def ledger(self) -> Unlisted:
         """Give no list: object storage reports a write when it is safe, and rows have checksums of their own."""

@@ -27,6 +27,7 @@ from l2m_rag.indexers import pipeline
 from l2m_rag.indexers.pipeline import IngestReport, Limits, plan
 from l2m_rag.indexers.scan import scan
 from l2m_rag.memory_tiers.long_term import LongTermTier, Manifest, create_tier
+from l2m_rag.memory_tiers.places import Where
 
 LIMITS = Limits(chunk_size=16, chunk_overlap=0)
 SUBJECTS = ["sheep", "goats", "horses", "cows", "hens", "geese", "dogs", "cats"]
