@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
@@ -108,8 +109,17 @@ def _python() -> str:
 
 
 def _home(settings: Settings) -> str:
-    settings.home.mkdir(parents=True, exist_ok=True)
+    from l2m_rag.memory_tiers.places import place_of
+
     payload = os.urandom(4096)
+    if not isinstance(settings.home, Path):
+        place = place_of(settings.home)
+        place.write_json(".doctor/probe.json", payload.hex())
+        if json.loads(place.read(".doctor/probe.json")) != payload.hex():
+            raise _FailedCheckError(f"{settings.home} does not give back what was written to it")
+        place.clear(".doctor")
+        return f"{settings.home} can be written"
+    settings.home.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=settings.home, prefix=".doctor-") as probe:
         probe.write(payload)
         probe.flush()
@@ -120,10 +130,10 @@ def _home(settings: Settings) -> str:
 
 
 def _disk(settings: Settings) -> str:
-    free = shutil.disk_usage(_nearest_folder(settings.home)).free
+    free = shutil.disk_usage(_nearest_folder(settings.data)).free
     if free < FREE_DISK:
         raise _FailedCheckError(
-            f"only {output.size(free)} free at {settings.home}; free some space or choose another --home"
+            f"only {output.size(free)} free at {settings.data}; free some space or choose another --home"
         )
     return f"{output.size(free)} free"
 
@@ -167,10 +177,10 @@ def _store(settings: Settings) -> str:
     from l2m_rag.memory_tiers.lance_store import LanceStore
     from l2m_rag.memory_tiers.records import Chunk
 
-    settings.home.mkdir(parents=True, exist_ok=True)
+    settings.data.mkdir(parents=True, exist_ok=True)
     chunks = [Chunk(f"{i:032x}", "probe", i, None, "", i, i + 1, text) for i, text in enumerate("abc")]
     vectors = np.eye(3, 8, dtype=np.float32)
-    with tempfile.TemporaryDirectory(dir=settings.home, prefix=".doctor-") as folder:
+    with tempfile.TemporaryDirectory(dir=settings.data, prefix=".doctor-") as folder:
         LanceStore(Path(folder) / "tables", 8, create=True).add_chunks(chunks, vectors)
         store = LanceStore(Path(folder) / "tables", 8)
         if store.damaged() or store.count_chunks() != len(chunks):

@@ -155,7 +155,7 @@ def ask(
     settings = settings_of(ctx, collection=collection, model=model, llm_url=llm_url)
     files = [Path(existing(path)) for path in file or ()]
     ready(ctx, settings, as_json=as_json, decoder=True, new=bool(files))
-    history = sessions.read_turns(settings.home, session) if session is not None else []
+    history = sessions.read_turns(settings.data, session) if session is not None else []
     answer_from = _asked(settings, files)
     abstained = False
     for one in asked:
@@ -166,7 +166,7 @@ def ask(
         abstained |= answer.abstained
         if session is not None:
             history.append((one.text, answer.answer))
-            sessions.append_turn(settings.home, session, one.text, answer.answer)
+            sessions.append_turn(settings.data, session, one.text, answer.answer)
         if as_json:
             output.say_json({"id": one.id, **answer.to_json()})
             continue
@@ -200,7 +200,7 @@ def chat(
     Ctrl-D) ends.
     """
     settings = settings_of(ctx, collection=collection, model=model, llm_url=llm_url)
-    history = sessions.read_turns(settings.home, session) if session is not None else []
+    history = sessions.read_turns(settings.data, session) if session is not None else []
     ready(ctx, settings, as_json=as_json, decoder=True)
     asked = opened(settings)
     asked.info()  # a collection that is not there is better said before the first question is typed
@@ -220,7 +220,7 @@ def chat(
         answer = asked.ask(question, history=tuple(history), on_text=stream.write)
         history.append((question, answer.answer))
         if session is not None:
-            sessions.append_turn(settings.home, session, question, answer.answer)
+            sessions.append_turn(settings.data, session, question, answer.answer)
         if as_json:
             output.say_json({"id": None, **answer.to_json()})
         else:

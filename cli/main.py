@@ -17,7 +17,6 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
 
@@ -116,8 +115,11 @@ def _version(show: bool) -> None:
 def root(
     ctx: typer.Context,
     home: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Folder of all data [env: L2M_HOME; default: see l2m config path]."),
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder of all data, or s3://BUCKET/PREFIX [env: L2M_HOME; default: see l2m config path].",
+        ),
     ] = None,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="No progress and no remarks, only results and errors.")

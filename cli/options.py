@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperCommand
 
 from l2m_rag.cli import output
-from l2m_rag.config import COLLECTION_NAME, LONGEST_QUESTION, Settings, load_settings
+from l2m_rag.config import COLLECTION_NAME, LONGEST_QUESTION, Settings, Url, load_settings
 from l2m_rag.errors import L2MError, UsageError
 
 if TYPE_CHECKING:
@@ -79,7 +79,9 @@ def ready(
         decoder: whether an answer is going to be written.
         new: whether the command makes its collection; if not and there is none, nothing is fetched.
     """
-    if new or _manifest(settings.home, settings.collection).is_file():
+    from l2m_rag.memory_tiers.places import place_of
+
+    if new or place_of(settings.home / "collections" / settings.collection).stamp("manifest.json"):
         fetch(ctx, settings, as_json=as_json, embedder=embedder, decoder=decoder)
 
 
@@ -102,12 +104,12 @@ def fetch(
             weights.find(name, settings, report=report)
 
 
-def collection_names(home: Path) -> list[str]:
-    """Give the names of the collections by looking at the folders only; damaged ones are among them."""
-    if not (home / "collections").is_dir():
-        return []
-    names = (entry.name for entry in os.scandir(home / "collections"))
-    return sorted(name for name in names if COLLECTION_NAME.fullmatch(name) and _manifest(home, name).is_file())
+def collection_names(home: Path | Url) -> list[str]:
+    """Give the names of the collections by looking for their manifests only; damaged ones are among them."""
+    from l2m_rag.memory_tiers.places import place_of
+
+    names = place_of(home / "collections").holding("manifest.json")
+    return [name for name in names if COLLECTION_NAME.fullmatch(name)]
 
 
 def complete_collection(ctx: typer.Context, incomplete: str) -> list[str]:
@@ -116,10 +118,6 @@ def complete_collection(ctx: typer.Context, incomplete: str) -> list[str]:
         return [name for name in collection_names(settings_of(ctx).home) if name.startswith(incomplete)]
     except (L2MError, OSError):
         return []  # a completion must never print an error into the line that is being typed
-
-
-def _manifest(home: Path, collection: str) -> Path:
-    return home / "collections" / collection / "manifest.json"
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]

@@ -42,7 +42,7 @@ def train(
 
     path = Path(existing(recipe))
     plan = load_recipe(path)
-    folder = run or settings_of(ctx).home / "runs" / path.stem
+    folder = run or settings_of(ctx).data / "runs" / path.stem
     told = remarks(ctx)
     found = train(plan, folder, told=lambda figures: told(_line(figures)))
     folder.mkdir(parents=True, exist_ok=True)

@@ -132,7 +132,7 @@ def _in_process(what: str, folder: Path, settings: Settings, home: Path) -> dict
         "what": what,
         "folder": str(folder),
         "home": str(home),
-        "models": str(settings.models or settings.home / "models"),
+        "models": str(settings.models or settings.data / "models"),
         "embedder": settings.embedder,
         "chunk_size": settings.chunk_size,
         "chunk_overlap": settings.chunk_overlap,
@@ -161,7 +161,7 @@ def measure() -> None:
     task = json.loads(sys.argv[1])
     what, folder = task.pop("what"), Path(task.pop("folder"))
     settings = load_settings(task, environ={})[0]
-    collection = Collection("bench", settings.home / "bench", settings)
+    collection = Collection("bench", settings.data / "bench", settings)
     found = {"ingest": _measure_ingest, "again": _measure_again, "encode": _measure_encode}[what](collection, folder)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     sys.stdout.write(json.dumps({**found, "peak_rss_mb": round(peak)}) + "\n")

@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -30,6 +28,7 @@ from l2m_rag.errors import (
     ReadOnlyError,
     UsageError,
 )
+from l2m_rag.memory_tiers.places import Where, place_of, writing
 from l2m_rag.models import load_embedder, load_language_model
 from l2m_rag.weights import DEFAULT_EMBEDDER
 
@@ -54,11 +53,11 @@ class CollectionInfo:
 
     Args:
         name: its name.
-        path: its folder.
+        path: its folder, or its address on object storage.
         documents: documents that are in.
         failed: files that could not be read.
         chunks: chunks of the documents.
-        bytes: space on disk.
+        bytes: space on disk or object storage.
         embedder: name of the embedder.
         dimension: of its vectors.
         format: version of what is stored.
@@ -124,13 +123,13 @@ class Collection:
             one of ours.
     """
 
-    def __init__(self, name: str, folder: Path, settings: Settings, embedder: Encoder | None = None) -> None:
+    def __init__(self, name: str, folder: Where, settings: Settings, embedder: Encoder | None = None) -> None:
         self.name = name
         self.path = folder
         self.settings = settings
         self._given = embedder
         self._tier: LongTermTier | None = None
-        self._opened: tuple[int, int] | None = None  # the manifest that the tier was opened with
+        self._opened: str | None = None  # the manifest that the tier was opened with
 
     # -- in ----------------------------------------------------------------------------------------------------------
     def ingest(
@@ -163,7 +162,6 @@ class Collection:
             L2MError: the Ray cluster cannot be reached or used; what was written by then is kept.
         """
         from l2m_rag.indexers import pipeline
-        from l2m_rag.memory_tiers.long_term import writing
 
         if self._given is not None:
             raise UsageError(
@@ -336,7 +334,7 @@ class Collection:
             documents=sum(1 for row in rows if not row.error),
             failed=sum(1 for row in rows if row.error),
             chunks=tier.store.count_chunks(),
-            bytes=_size(self.path),
+            bytes=sum(size for _, size in place_of(self.path).files()),
             embedder=tier.manifest.embedder,
             dimension=tier.manifest.dimension,
             format=tier.manifest.format,
@@ -347,35 +345,27 @@ class Collection:
     # -- care --------------------------------------------------------------------------------------------------------
     def exists(self) -> bool:
         """Say whether the collection was ever made."""
-        return (self.path / "manifest.json").is_file()
+        return place_of(self.path).stamp("manifest.json") is not None
 
     def delete(self) -> None:
         """Delete the collection and all that it holds."""
-        from l2m_rag.memory_tiers.long_term import writing
-
-        with writing(self._existing()):
-            grave = Path(tempfile.mkdtemp(prefix=".deleted-", dir=self.path.parent))
-            self.path.rename(grave / "collection")
+        place_of(self._existing()).remove()
         self._tier = None
-        for left in self.path.parent.glob(".deleted-*"):  # those too that a killed run has left
-            shutil.rmtree(left, ignore_errors=True)
 
     def rename(self, name: str) -> Collection:
         """Give the collection another name.
 
         Raises:
             CollectionNotFound: there is no such collection.
-            UsageError: the name cannot be used, or is taken.
+            UsageError: the name cannot be used, or is taken; or the collection lies on object storage.
         """
-        from l2m_rag.memory_tiers.long_term import read_manifest, writing
+        from l2m_rag.memory_tiers.long_term import read_manifest
 
         target = self.path.with_name(check_name(name))
-        if target.exists():
+        if place_of(target).there():
             raise UsageError(f"there is a collection {name!r} already; delete it first or choose another name")
         read_manifest(self.path)
-        with writing(self._existing()):
-            self.path.rename(target)
-            (target / "writer.json").unlink(missing_ok=True)
+        place_of(self._existing()).rename(target)
         self._tier = None
         return Collection(name, target, self.settings)
 
@@ -391,15 +381,11 @@ class Collection:
 
     def repair(self) -> list[str]:
         """Remove what `verify` finds wrong, so that the next ingest reads those documents again; say what was done."""
-        from l2m_rag.memory_tiers.long_term import writing
-
         with writing(self._existing()):
             return self._newest().repair()
 
     def optimize(self) -> dict[str, int]:
         """Merge small files, drop old versions and bring the indexes up to date; give the bytes before and after."""
-        from l2m_rag.memory_tiers.long_term import writing
-
         with writing(self._existing()):
             tier = self._newest()
             before = self.info().bytes
@@ -408,7 +394,7 @@ class Collection:
 
     def migrate(self) -> str:
         """Bring the collection to the present format, and say what was done."""
-        from l2m_rag.memory_tiers.long_term import FORMAT, migrate, writing
+        from l2m_rag.memory_tiers.long_term import FORMAT, migrate
 
         with writing(self._existing()):
             before = migrate(self.path)
@@ -431,8 +417,6 @@ class Collection:
     @contextmanager
     def _turn(self) -> Iterator[None]:
         """Hold the writer's lock; what another one writes is waited for, as it is mostly soon over."""
-        from l2m_rag.memory_tiers.long_term import writing
-
         until = time.monotonic() + PATIENCE
         with ExitStack() as stack:
             while True:
@@ -448,8 +432,6 @@ class Collection:
     @contextmanager
     def _at_rest(self) -> Iterator[LongTermTier]:
         """Keep writers out, so that both tables are of one moment; nobody writes where the disk takes nothing."""
-        from l2m_rag.memory_tiers.long_term import writing
-
         with ExitStack() as stack:
             with suppress(ReadOnlyError):
                 stack.enter_context(writing(self._existing()))
@@ -461,8 +443,8 @@ class Collection:
         tier.store.refresh()
         return tier
 
-    def _existing(self) -> Path:
-        if not self.path.is_dir():
+    def _existing(self) -> Where:
+        if not place_of(self.path).there():
             raise CollectionNotFound(
                 f"there is no collection {self.name!r}; make it with: l2m ingest PATH -c {self.name}"
             )
@@ -478,7 +460,7 @@ class Collection:
         """
         from l2m_rag.memory_tiers.long_term import LongTermTier
 
-        manifest = _identity(self.path / "manifest.json")
+        manifest = place_of(self.path).stamp("manifest.json")
         if self._tier is None or self._opened != manifest:
             self._tier = None
             tier = LongTermTier(self.path)
@@ -564,11 +546,10 @@ def open(name: str = "default", *, settings: Settings | None = None) -> Collecti
 def list_collections(settings: Settings | None = None) -> list[CollectionInfo]:
     """Say of every collection what it holds, by name."""
     settings = settings or load_settings()[0]
-    manifests = sorted((settings.home / "collections").glob("*/manifest.json"))
     found = []
-    for path in manifests:
+    for name in place_of(settings.home / "collections").holding("manifest.json"):
         try:
-            found.append(_bare(path.parent, settings).info())
+            found.append(_bare(settings.home / "collections" / name, settings).info())
         except (CorruptError, IncompatibleError, CollectionNotFound) as error:  # the others are listed all the same
             logger.warning("%s", error)
     return found
@@ -591,7 +572,7 @@ def ask_files(
     qa.check_question(question)
     paths = sorted({os.path.abspath(path) for path in files})
     name = hashlib.sha256("\0".join(paths).encode("utf-8", "surrogateescape")).hexdigest()[:24]
-    collection = Collection(name, settings.home / "files" / name, settings)
+    collection = Collection(name, settings.data / "files" / name, settings)
     report = collection.ingest(*paths)
     if report.failed and not (report.added or report.updated or report.unchanged):
         first = report.failed[0]
@@ -617,26 +598,7 @@ def import_collection(archive: Path, name: str, settings: Settings | None = None
     return collection
 
 
-def _identity(file: Path) -> tuple[int, int] | None:
-    """Give what tells a file from one that is put in its place, or None when there is none."""
-    try:
-        status = os.stat(file)
-    except FileNotFoundError:
-        return None
-    return status.st_ino, status.st_mtime_ns
-
-
-def _size(folder: Path) -> int:
-    """Give the bytes of the files below a folder, some of which may vanish meanwhile."""
-    total = 0
-    for root, _, names in os.walk(folder):
-        for name in names:
-            with suppress(FileNotFoundError):
-                total += os.stat(os.path.join(root, name)).st_size
-    return total
-
-
-def _bare(folder: Path, settings: Settings) -> Collection:
+def _bare(folder: Where, settings: Settings) -> Collection:
     """Give a collection whatever embedder it was made with: what is only listed needs none."""
     from l2m_rag.memory_tiers.long_term import read_manifest
 

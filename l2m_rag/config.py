@@ -24,11 +24,61 @@ from l2m_rag.errors import ConfigError, UsageError
 COLLECTION_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 """What a collection or a session may be called, to be matched in full: a name is also a folder's name."""
 
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+_KEY_PART = re.compile(r"[A-Za-z0-9._=+@-]+")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # of one letter: a drive of Windows
+
 PROJECT_FILE = "l2m.toml"
 LONGEST_QUESTION = 100_000  # characters: far above any question, far below what takes minutes to read
 SECRET = "***"
 
 _NAME_RULE = "1 to 64 of a-z, 0-9, '.', '_' and '-', and begin with a letter or a digit"
+
+
+@dataclass(frozen=True, slots=True)
+class Url:
+    """A prefix on object storage; what is below it is named with `/`, as with a `Path`.
+
+    Args:
+        bucket: name of the bucket.
+        key: the prefix, without a slash at its ends; may be empty.
+    """
+
+    bucket: str
+    key: str = ""
+
+    def __str__(self) -> str:
+        return f"s3://{self.bucket}/{self.key}".rstrip("/")
+
+    def __truediv__(self, below: str) -> Url:
+        return Url(self.bucket, f"{self.key}/{below}".lstrip("/"))
+
+    @property
+    def name(self) -> str:
+        """The last part of the prefix."""
+        return self.key.rpartition("/")[2]
+
+    def with_name(self, name: str) -> Url:
+        """Give the prefix beside this one."""
+        return Url(self.bucket, f"{self.key.rpartition('/')[0]}/{name}".lstrip("/"))
+
+
+def parse_url(text: str) -> Url:
+    """Read s3://BUCKET/PREFIX.
+
+    Raises:
+        ValueError: it is none; the text says what is wrong, and holds no secret that was typed into it.
+    """
+    scheme, _, rest = text.partition("://")
+    if scheme.lower() != "s3" or "://" not in text:
+        raise ValueError("must be a folder, or s3://BUCKET/PREFIX on object storage; no other kind is known")
+    bucket, _, key = rest.partition("/")
+    if not _BUCKET.fullmatch(bucket):
+        raise ValueError("must be s3://BUCKET/PREFIX, the bucket's name being 3 to 63 of a-z, 0-9, '.' and '-'")
+    parts = [part for part in key.split("/") if part]
+    if not all(_KEY_PART.fullmatch(part) and part.strip(".") for part in parts):
+        raise ValueError("must be s3://BUCKET/PREFIX, the prefix being of letters, digits and . _ = + @ - between '/'")
+    return Url(bucket, "/".join(parts))
 
 
 def check_name(name: str, what: str = "collection") -> str:
@@ -72,11 +122,11 @@ class Settings:
         ConfigError: a value is of the wrong type or out of range.
     """
 
-    home: Path = field(default_factory=default_home)
-    """Folder of collections, weights and sessions."""
+    home: Path | Url = field(default_factory=default_home)
+    """Folder of collections, weights and sessions; or s3://BUCKET/PREFIX, where only collections lie."""
 
     models: Path | None = None
-    """Folder of the weights; `models` in the home when not set."""
+    """Folder of the weights; `models` in the home when not set, or in the platform's folder if that is not here."""
 
     collection: str = "default"
     """Collection that is meant when none is named."""
@@ -143,6 +193,11 @@ class Settings:
         if self.chunk_overlap >= self.chunk_size:
             raise ConfigError(f"chunk_overlap ({self.chunk_overlap}) must be less than chunk_size ({self.chunk_size})")
 
+    @property
+    def data(self) -> Path:
+        """Folder of what lies on this machine in any case, such as weights and sessions: the home, if it does."""
+        return self.home if isinstance(self.home, Path) else default_home()
+
 
 def load_settings(
     overrides: Mapping[str, object] | None = None,
@@ -194,7 +249,7 @@ def _read_file(file: Path) -> dict[str, object]:
     for name, value in table.items():
         _check_known(name, str(file))
         table[name] = _checked(name, value, str(file))
-        if _TYPES[name] is Path:  # a relative folder means beside the file, wherever the command runs
+        if isinstance(table[name], Path):  # a relative folder means beside the file, wherever the command runs
             table[name] = file.parent / Path(str(value)).expanduser()
     return table
 
@@ -235,7 +290,11 @@ def _checked(name: str, value: Any, where: str = "") -> Any:
     prefix = f"{where}: " if where else ""
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
+    if name == "home" and isinstance(value, Url):
+        return value
     if kind is Path and isinstance(value, str | Path):
+        if _SCHEME.match(str(value)):
+            return _checked_url(name, value, prefix)
         if not str(value) or "\0" in str(value):
             raise ConfigError(f"{prefix}{name} ({str(value)!r}) must be the path of a folder")
         try:
@@ -252,8 +311,20 @@ def _checked(name: str, value: Any, where: str = "") -> Any:
     return value
 
 
+def _checked_url(name: str, value: str | Path, prefix: str) -> Url:
+    text = re.sub(r"//[^/]*@", f"//{SECRET}@", str(value))  # a password may have been typed before the host
+    if name != "home":
+        raise ConfigError(f"{prefix}{name} ({text!r}) must be a folder on this machine")
+    try:
+        if isinstance(value, Path):
+            raise ValueError("is a Path, which cannot hold an address; give it as a string")
+        return parse_url(value)
+    except ValueError as error:
+        raise ConfigError(f"{prefix}{name} ({text!r}) {error}") from None
+
+
 _TYPES: dict[str, type] = {
-    setting.name: {"Path": Path, "Path | None": Path, "str": str, "int": int, "float": float}[str(setting.type)]
+    setting.name: {"Path | Url": Path, "Path | None": Path, "str": str, "int": int, "float": float}[str(setting.type)]
     for setting in fields(Settings)
 }
 _TYPE_WORDS = {Path: "the path of a folder", str: "a string", int: "a whole number", float: "a number"}

@@ -10,6 +10,7 @@ Every error that a user can cause is an `L2MError`; its text says what was wrong
     ├── MissingExtraError      1   a package of an optional extra is not installed
     ├── WeightsError           1   model weights are missing, cut short or altered
     ├── ModelError             1   a language model could not be used
+    ├── StorageError           1   object storage could not be reached, or refused
     ├── DiskFullError          1   there is no room on the disk for what was asked
     ├── ReadOnlyError          1   what would have to be written cannot be written
     ├── CollectionNotFound    10
@@ -86,6 +87,10 @@ class ReadOnlyError(L2MError):
 
 class ModelError(L2MError):
     """A language model that could not be loaded or asked."""
+
+
+class StorageError(L2MError):
+    """Object storage that could not be reached, or that refused."""
 
 
 class CollectionNotFound(L2MError):  # noqa: N818  # the name says it

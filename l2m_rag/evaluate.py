@@ -115,7 +115,7 @@ class QARow:
 
 def collection_of(tasks: TaskSet, settings: Settings, progress: Callable[[Progress], None] | None = None) -> Collection:
     """Write the documents of a set to the home, ingest them, and give their collection; a second call is quick."""
-    folder = settings.home / "eval" / tasks.name
+    folder = settings.data / "eval" / tasks.name
     documents = folder / "documents"
     documents.mkdir(parents=True, exist_ok=True)
     for name, text in tasks.documents.items():

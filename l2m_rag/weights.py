@@ -146,7 +146,7 @@ def model_folder(name: str, settings: Settings) -> Path:
     """Give the folder in which a pinned model's weights belong."""
     if name not in PACKAGES:
         raise UsageError(f"no model named {name!r}; known: {', '.join(PACKAGES)}")
-    return (settings.models or settings.home / "models") / name
+    return (settings.models or settings.data / "models") / name
 
 
 def list_models(settings: Settings) -> list[ModelStatus]:

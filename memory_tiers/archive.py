@@ -6,10 +6,7 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 import struct
-import tempfile
-import time
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -17,14 +14,15 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from l2m_rag.errors import CorruptError, IncompatibleError, L2MError, UsageError
+from l2m_rag.errors import CorruptError, IncompatibleError, L2MError
+from l2m_rag.memory_tiers.lance_store import LanceStore
 from l2m_rag.memory_tiers.long_term import FORMAT, LongTermTier, Manifest, create_tier
-from l2m_rag.memory_tiers.state_table import StateFormat, StateTable, form_of
+from l2m_rag.memory_tiers.places import Where, place_of
+from l2m_rag.memory_tiers.state_table import StateFormat, form_of
 
 _EXPORT = ("manifest.json", "documents.arrow", "chunks.arrow", "checksums.json")  # the only members,
 _STATES = ("states.json", "states.arrow")  # and these together or not at all
 _MAX_DIMENSION = 65_536
-_ABANDONED = 86_400.0  # seconds after which a half-made import is taken for left behind
 
 
 def write_archive(tier: LongTermTier, path: Path) -> None:
@@ -54,39 +52,31 @@ def write_archive(tier: LongTermTier, path: Path) -> None:
         scratch.unlink(missing_ok=True)
 
 
-def restore_archive(archive: Path, target: Path) -> None:
-    """Make the folder of a collection from an archive; it is made aside and moved in, whole or not at all.
+def restore_archive(archive: Path, target: Where) -> None:
+    """Make a collection from an archive, whole or not at all.
 
     Raises:
         UsageError: there is something at `target` already.
         CorruptError: the archive is not an export, or its checksums do not fit.
         IncompatibleError: a newer version wrote it.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for left in target.parent.glob(".import-*"):
-        if time.time() - left.stat().st_mtime > _ABANDONED:
-            shutil.rmtree(left, ignore_errors=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".import-", dir=target.parent))
     try:
         found = read_archive(archive)
-        tier = create_tier(scratch / "collection", found.manifest)
-        tier.store.add_arrow(found.documents, found.chunks)
-        if tier.store.damaged():
-            raise CorruptError("what is stored of some chunks has been altered")
-        tier.store.index_text()
-        if found.states is not None:
-            StateTable(tier.folder / "states", found.states[0]).put_arrow(found.states[1])
-        (scratch / "collection").rename(target)
+
+        def fill(store: LanceStore) -> None:
+            store.add_arrow(found.documents, found.chunks)
+            if store.damaged():
+                raise CorruptError("what is stored of some chunks has been altered")
+            store.index_text()
+
+        with place_of(target).anew() as made:
+            tier = create_tier(made, found.manifest, fill)
+            if found.states is not None:
+                tier.put_states(*found.states)
     except (CorruptError, zipfile.BadZipFile, EOFError, KeyError, ValueError, TypeError, pa.ArrowException) as error:
         if isinstance(error, L2MError) and not isinstance(error, CorruptError):
             raise
         raise CorruptError(f"{archive} is not an export of a collection, or was altered ({error})") from error
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise UsageError(f"there is a folder {target} already; delete it or choose another name") from error
-        raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 class Archive(NamedTuple):

@@ -14,8 +14,8 @@ import re
 import shutil
 import time
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,10 @@ class Ledger:
         self._known: dict[str, tuple[int, int]] = {}  # CRC-32 and bytes of each path
         self._read = 0  # bytes of the list that were read
         self._left: set[str] | None = None  # files that were cut short before; None: nobody has looked
+
+    def telling(self) -> AbstractContextManager[None]:
+        """Turn what the disk answers into an error that says what to do."""
+        return telling(self.folder)
 
     def begin(self) -> None:
         """Look at what killed and failed commits have left, so that it is not laid to the one that now begins."""
@@ -188,6 +192,30 @@ class Ledger:
         content = _lines(known).encode()
         write_bytes(self._path, content)
         self._known, self._read = known, len(content)
+
+
+class Unlisted:
+    """In place of a `Ledger` where a write is over when it is safe, and files are not ours to look at.
+
+    Args:
+        telling: turns what the place answers into an error that says what to do.
+    """
+
+    def __init__(self, telling: Callable[[], AbstractContextManager[None]]) -> None:
+        self.telling = telling
+
+    def begin(self) -> None:
+        """Do nothing."""
+
+    def failed(self) -> None:
+        """Do nothing."""
+
+    def settle(self) -> None:
+        """Do nothing."""
+
+    def altered(self, below: str = "") -> list[str]:
+        """Give nothing."""
+        return []
 
 
 def _lines(files: dict[str, tuple[int, int]]) -> str:

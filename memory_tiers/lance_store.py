@@ -34,7 +34,8 @@ from lancedb.index import FTS
 from lancedb.query import MatchQuery
 
 from l2m_rag.errors import CorruptError, DiskFullError, L2MError, UsageError
-from l2m_rag.memory_tiers.disk import CutShortError, Ledger, check_room, telling
+from l2m_rag.memory_tiers.disk import CutShortError, Ledger, Unlisted
+from l2m_rag.memory_tiers.places import Where, place_of
 from l2m_rag.memory_tiers.records import Chunk, DocumentRow, Scalar
 
 logger = logging.getLogger(__name__)
@@ -104,23 +105,26 @@ class LanceStore:
         CorruptError: the tables are not there or cannot be opened.
     """
 
-    def __init__(self, folder: Path, dimension: int, *, create: bool = False) -> None:
+    def __init__(self, folder: Where, dimension: int, *, create: bool = False) -> None:
         self.folder = folder
+        self.place = place_of(folder)
         self._manifests: list[list[str]] | None = None  # names, as of the last refresh
         self.dimension = dimension
         self._database = connect(folder)
-        self._ledger = Ledger(folder)
+        self._ledger: Ledger | Unlisted = self.place.ledger()
         if create:
             with committing(self._ledger):
                 for name, schema in zip(_TABLES, (_DOCUMENTS, _chunks_schema(dimension)), strict=True):
                     table = self._database.create_table(name, schema=schema)
                     table.set_unenforced_primary_key("id")
                 _index_words(table)
-        for name in _TABLES:
-            heal(folder / f"{name}.lance", self._ledger)
+        if isinstance(self._ledger, Ledger):  # an object is there whole or not at all
+            for name in _TABLES:
+                heal(Path(self.place.uri) / f"{name}.lance", self._ledger)
         try:
-            self._documents: Any = self._database.open_table("documents")
-            self._chunks: Any = self._database.open_table("chunks")
+            with self.place.reaching():
+                self._documents: Any = self._database.open_table("documents")
+                self._chunks: Any = self._database.open_table("chunks")
         except (ValueError, RuntimeError, OSError) as error:
             raise CorruptError(
                 f"the tables in {folder} cannot be opened ({first_line(error)}). "
@@ -141,7 +145,8 @@ class LanceStore:
 
     def count_documents(self) -> int:
         """Give the number of document rows."""
-        return int(self._documents.count_rows())
+        with self.place.reaching():
+            return int(self._documents.count_rows())
 
     def put_documents(self, rows: Sequence[DocumentRow]) -> None:
         """Insert or replace document rows."""
@@ -229,7 +234,8 @@ class LanceStore:
 
     def count_chunks(self) -> int:
         """Give the number of chunks."""
-        return int(self._chunks.count_rows())
+        with self.place.reaching():
+            return int(self._chunks.count_rows())
 
     def row_ids(self, where: str | None = None) -> RowIds:
         """Give the row ids of all chunks, or of those that a filter of the user keeps, ascending."""
@@ -308,18 +314,20 @@ class LanceStore:
         A version number alone can come back with other content: after a power cut, or from a restored copy.
         """
         try:
-            return hashlib.sha256(_manifest(self.folder / "chunks.lance", version).read_bytes()).hexdigest()
+            return hashlib.sha256(self.place.read(f"chunks.lance/_versions/{_manifest(version)}")).hexdigest()
         except OSError:
             return None
 
     @property
     def commits_lost(self) -> int:
         """How many commits were cut short so far; the numbers of their versions and rows were given out again."""
-        names = self._manifests[0] if self._manifests else os.listdir(self.folder / "chunks.lance" / "_versions")
+        names = self._manifests[0] if self._manifests else self.place.manifests("chunks")
         return sum(".manifest." in name for name in names)
 
     def cut_short(self) -> list[str]:
         """Give the manifests that were set aside when the tables were opened, and that no commit has stood in for."""
+        if not isinstance(self.folder, Path):
+            return []
         aside = self.folder.glob("*/_versions/*.damaged")
         return sorted(str(path.relative_to(self.folder)) for path in aside if not path.with_suffix("").exists())
 
@@ -329,7 +337,7 @@ class LanceStore:
         Each commit adds a manifest of its own, so the names in two folders tell (0.1 ms) whether Lance need be asked.
         """
         try:
-            manifests = [os.listdir(self.folder / f"{table}.lance" / "_versions") for table in ("chunks", "documents")]
+            manifests = [self.place.manifests(table) for table in ("chunks", "documents")]
         except OSError:
             manifests = None
         if manifests is not None and manifests == self._manifests:
@@ -345,7 +353,9 @@ class LanceStore:
         Raises:
             DiskFullError: the disk has no room for it; nothing was changed.
         """
-        check_room(self.folder, sum(live_bytes(table) for table in (self._documents, self._chunks)))
+        with self.place.reaching():
+            live = sum(live_bytes(table) for table in (self._documents, self._chunks))
+        self.place.check_room(live)
         for kept in (FOR_EVER, timedelta(hours=1)):  # nothing goes before what stands for it has reached the disk
             with self._committing():
                 for table in (self._documents, self._chunks):
@@ -353,7 +363,8 @@ class LanceStore:
 
     def index_text(self, unindexed: int = 100) -> None:
         """Bring the full-text index up to date when over `unindexed` rows are outside it (29 us each a query)."""
-        statistics = self._chunks.index_stats("text_idx")
+        with self.place.reaching():
+            statistics = self._chunks.index_stats("text_idx")
         if statistics is None or statistics.num_unindexed_rows > unindexed:
             try:
                 self.optimize()
@@ -408,7 +419,7 @@ class LanceStore:
             for one in (self._documents, self._chunks):
                 one.optimize(cleanup_older_than=timedelta(milliseconds=1), delete_unverified=True)
         for path in self.cut_short():
-            (self.folder / path).unlink()
+            (Path(self.place.uri) / path).unlink()
 
     def delete_chunks(self, ids: Sequence[str]) -> None:
         """Delete chunks by id."""
@@ -477,9 +488,12 @@ class LanceStore:
     def _committing(self) -> AbstractContextManager[None]:
         return committing(self._ledger, self._documents, self._chunks)
 
-    def _reading(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
         remedy = "delete the collection and ingest again, or import an export"
-        return reading(self.folder, f"Run: l2m collections repair; if that does not help, {remedy}")
+        whole = f"Run: l2m collections repair; if that does not help, {remedy}"
+        with reading(self.folder, whole), self.place.reaching():
+            yield
 
     def _filtered(self, read: Callable[[str | None], T], where: str | None) -> T:
         """Read with a filter of the user; one that cannot be used is told from tables that fail without it too."""
@@ -502,14 +516,16 @@ def live_bytes(table: Any) -> int:
     return int(table.stats()["total_bytes"])
 
 
-def connect(folder: Path) -> Any:
+def connect(folder: Where) -> Any:
     """Open a folder of tables; the row ids of those made in it survive compaction, so that others can refer to rows."""
-    with telling(folder):  # it makes the folder
-        return lancedb.connect(str(folder), storage_options={"new_table_enable_stable_row_ids": "true"})
+    place = place_of(folder)
+    options = {"new_table_enable_stable_row_ids": "true", **place.options}
+    with place.ledger().telling():  # it makes the folder
+        return lancedb.connect(place.uri, storage_options=options)
 
 
 @contextmanager
-def reading(folder: Path, remedy: str) -> Iterator[None]:
+def reading(folder: Where, remedy: str) -> Iterator[None]:
     """Turn what Lance throws at unreadable files into an error that says what to do."""
     try:
         yield
@@ -519,13 +535,13 @@ def reading(folder: Path, remedy: str) -> Iterator[None]:
         raise CorruptError(f"the tables in {folder} cannot be read ({first_line(error)}). {remedy}") from error
 
 
-def _manifest(table: Path, version: int) -> Path:
-    """Give the file that makes a version of a table: Lance counts down, so that the newest comes first."""
-    return table / "_versions" / f"{(1 << 64) - 1 - version:020d}.manifest"
+def _manifest(version: int) -> str:
+    """Give the name of the file that makes a version of a table: Lance counts down, so the newest comes first."""
+    return f"{(1 << 64) - 1 - version:020d}.manifest"
 
 
 @contextmanager
-def committing(ledger: Ledger, *tables: Any) -> Iterator[None]:
+def committing(ledger: Ledger | Unlisted, *tables: Any) -> Iterator[None]:
     """Keep watch over commits: they are on the disk when the block ends, or taken back.
 
     Args:
@@ -537,7 +553,7 @@ def committing(ledger: Ledger, *tables: Any) -> Iterator[None]:
         ReadOnlyError: the disk takes nothing.
         OSError: it did not take all, for another reason.
     """
-    with telling(ledger.folder):
+    with ledger.telling():
         ledger.begin()
         try:
             yield
@@ -549,7 +565,7 @@ def committing(ledger: Ledger, *tables: Any) -> Iterator[None]:
         _settle(ledger, tables)
 
 
-def _settle(ledger: Ledger, tables: Sequence[Any]) -> None:
+def _settle(ledger: Ledger | Unlisted, tables: Sequence[Any]) -> None:
     """Wait until what was committed has reached the disk; take it back when a file of it lacks its end."""
     try:
         ledger.settle()

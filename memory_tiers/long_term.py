@@ -9,25 +9,23 @@ from __future__ import annotations
 
 import heapq
 import json
-import os
 import shutil
-import socket
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import Literal, Protocol
 
 import numpy as np
-from filelock import FileLock, Timeout
+import pyarrow as pa
 
-from l2m_rag.errors import CollectionNotFound, CorruptError, IncompatibleError, LockedError, UsageError
-from l2m_rag.memory_tiers.disk import digest, telling, write_json
+from l2m_rag.errors import CollectionNotFound, CorruptError, IncompatibleError, UsageError
+from l2m_rag.memory_tiers.disk import digest
 from l2m_rag.memory_tiers.hot_index import HotIndex, catch_up, open_hot_index
 from l2m_rag.memory_tiers.lance_store import LanceStore, RowIds, Scores, Vector, Vectors
+from l2m_rag.memory_tiers.places import Place, Where, place_of
 from l2m_rag.memory_tiers.records import Chunk, DocumentRow, Passage
 from l2m_rag.memory_tiers.state_table import StateFormat, StateTable
 from l2m_rag.memory_tiers.states import StateTier
@@ -112,10 +110,10 @@ class Tier(Protocol):
 
 
 class LongTermTier:
-    """Documents and chunks on disk, with the indexes that search them.
+    """Documents and chunks on disk or object storage, with the indexes that search them.
 
     Args:
-        folder: of the collection; it must hold a manifest.
+        folder: where the collection lies; it must hold a manifest.
 
     Raises:
         CollectionNotFound: there is no manifest.
@@ -123,8 +121,9 @@ class LongTermTier:
         IncompatibleError: a newer version of the library wrote it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Where) -> None:
         self.folder = folder
+        self.place = place_of(folder)
         self.manifest = read_manifest(folder)
         self.store = LanceStore(folder / "tables", self.manifest.dimension)
         self._hot: HotIndex | None = None
@@ -140,7 +139,7 @@ class LongTermTier:
                 follows = now[0] > version and now[1] == lost
                 self._hot = catch_up(self._hot, version, self.store, known) if follows else None
             if self._hot is None:
-                self._hot = open_hot_index(self.folder / "hot", self.store, self.manifest.fingerprint)
+                self._hot = open_hot_index(self.place.hot, self.store, self.manifest.fingerprint)
             self._hot_of = now
             return self._hot
 
@@ -207,9 +206,27 @@ class LongTermTier:
         Raises:
             IncompatibleError: the collection has states of another format.
             CorruptError: they cannot be read.
+            UsageError: the collection lies on object storage.
         """
         self.check_writable()
-        return StateTier(form, self.folder / "states", namespace=namespace, disk_bytes=disk_bytes)
+        return StateTier(form, self._states_folder(), namespace=namespace, disk_bytes=disk_bytes)
+
+    def put_states(self, form: StateFormat, rows: pa.Table) -> None:
+        """Insert the states of an export into a tier that has none.
+
+        Raises:
+            CorruptError: they are not what was written.
+            UsageError: the collection lies on object storage.
+        """
+        StateTable(self._states_folder(), form).put_arrow(rows)
+
+    def _states_folder(self) -> Path:
+        if not isinstance(self.folder, Path):
+            raise UsageError(
+                f"states of a model are kept on the disk of the machine that makes them; the collection lies at "
+                f"{self.folder}. Use one in a folder"
+            )
+        return self.folder / "states"
 
     def state_table(self) -> StateTable | None:
         """Give the table of the states of all namespaces; None when there is none.
@@ -217,6 +234,8 @@ class LongTermTier:
         Raises:
             CorruptError: it cannot be read.
         """
+        if not isinstance(self.folder, Path):
+            return None
         folder = self.folder / "states"
         there = (folder / "states.json").exists() or any(folder.glob("states.lance/data/*.lance"))
         return StateTable(folder) if there else None  # nor where a creation was cut off
@@ -275,8 +294,8 @@ class LongTermTier:
             states = self.state_table()
             return states.repair() if states else []
         except CorruptError as error:
-            aside = self.folder / f"states.damaged-{time.time_ns()}"
-            (self.folder / "states").rename(aside)
+            aside = Path(self.place.uri) / f"states.damaged-{time.time_ns()}"
+            (Path(self.place.uri) / "states").rename(aside)
             return [f"set the states aside, in {aside}, as they cannot be read ({error})"]
 
     def compact(self) -> None:
@@ -309,7 +328,7 @@ class LongTermTier:
             asked *= 2
 
     def _index_anew(self) -> None:
-        shutil.rmtree(self.folder / "hot", ignore_errors=True)
+        shutil.rmtree(self.place.hot, ignore_errors=True)
         self._hot = None
         self.hot_index()
 
@@ -440,33 +459,40 @@ def fuse(
     return [Candidate(row, -below, close.get(row), worded.get(row)) for below, row in ranked]
 
 
-def create_tier(folder: Path, manifest: Manifest) -> LongTermTier:
+def create_tier(
+    folder: Where, manifest: Manifest, fill: Callable[[LanceStore], None] = lambda store: None
+) -> LongTermTier:
     """Make the tables of a new collection, and then the manifest that says it exists.
+
+    Args:
+        folder: where it is to lie.
+        manifest: what it is made with.
+        fill: writes what is to be in the tables from the first.
 
     Raises:
         CorruptError: the folder holds data but no manifest.
     """
-    if (folder / "manifest.json").exists():
+    place = place_of(folder)
+    if place.stamp("manifest.json"):
         return LongTermTier(folder)
-    if (folder / "tables").exists() and any((folder / "tables").iterdir()):
-        if _has_rows(folder / "tables", manifest.dimension):
+    if any(place.files("tables")):
+        if _has_rows(place, manifest.dimension):
             raise CorruptError(
                 f"{folder} holds data but no manifest.json, so nothing is written over it; "
                 f"restore the manifest or move the folder away"
             )
-        _clear(folder / "tables")  # a creation that was interrupted before its manifest: nothing was stored yet
-    (folder / "tables").mkdir(parents=True, exist_ok=True)
-    LanceStore(folder / "tables", manifest.dimension, create=True)
-    _write_manifest(folder, manifest)
+        place.clear("tables")  # a creation that was interrupted before its manifest: nothing was stored yet
+    fill(LanceStore(folder / "tables", manifest.dimension, create=True))
+    _write_manifest(place, manifest)
     return LongTermTier(folder)
 
 
-def _write_manifest(folder: Path, manifest: Manifest) -> None:
+def _write_manifest(place: Place, manifest: Manifest) -> None:
     found = asdict(replace(manifest, format=FORMAT))
-    write_json(folder / "manifest.json", {**found, "digest": digest(found)})
+    place.write_json("manifest.json", {**found, "digest": digest(found)})
 
 
-def migrate(folder: Path) -> int:
+def migrate(folder: Where) -> int:
     """Bring a collection that the caller has locked to the present format; give the format it had.
 
     A run that is killed is done again from the start. Format 1 -> 2: document rows get checksums, all files are listed
@@ -475,22 +501,18 @@ def migrate(folder: Path) -> int:
     manifest = read_manifest(folder)
     if manifest.format < FORMAT:
         LanceStore(folder / "tables", manifest.dimension).sum_documents()
-        _write_manifest(folder, manifest)
+        _write_manifest(place_of(folder), manifest)
     return manifest.format
 
 
-def _has_rows(tables: Path, dimension: int) -> bool:
+def _has_rows(place: Place, dimension: int) -> bool:
     try:
-        return LanceStore(tables, dimension).count_chunks() > 0
+        return LanceStore(place.where / "tables", dimension).count_chunks() > 0
     except CorruptError:
-        return any(tables.rglob("data/*.lance"))
+        return any("/data/" in path and path.endswith(".lance") for path, _ in place.files("tables"))
 
 
-def _clear(folder: Path) -> None:
-    shutil.rmtree(folder)
-
-
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Where) -> Manifest:
     """Read and check the manifest of a collection.
 
     Raises:
@@ -499,7 +521,7 @@ def read_manifest(folder: Path) -> Manifest:
         IncompatibleError: it was written by a newer version.
     """
     try:
-        found = json.loads((folder / "manifest.json").read_text())
+        found = json.loads(place_of(folder).read("manifest.json"))
         if int(found["format"]) > FORMAT:
             raise IncompatibleError(
                 f"collection {folder.name!r} has format {found['format']}; this version reads up to {FORMAT}. "
@@ -515,43 +537,3 @@ def read_manifest(folder: Path) -> Manifest:
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptError(f"{folder / 'manifest.json'} cannot be read ({error}); restore it from an export") from error
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Hold the writer's lock of a collection.
-
-    Raises:
-        LockedError: another process holds it; the text names that process.
-        DiskFullError: there is no room for it.
-        ReadOnlyError: the folder cannot be written.
-    """
-    owner = folder / "writer.json"
-    lock = FileLock(folder / "writer.lock", timeout=0)
-    with telling(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise LockedError(
-                f"collection {folder.name!r} is being written by {_owner(owner)}; try again when it has finished"
-            ) from None
-        try:
-            write_json(owner, {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()})
-        except BaseException:
-            lock.release()
-            raise
-    try:
-        yield
-    finally:
-        owner.unlink(missing_ok=True)
-        lock.release()
-
-
-def _owner(path: Path) -> str:
-    try:
-        found = json.loads(path.read_text())
-        since = time.strftime("%H:%M:%S", time.localtime(found["since"]))
-        return f"process {found['pid']} on {found['host']} (since {since})"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"

@@ -103,7 +103,7 @@ class Library:
 
     def list_collections(self, settings: Settings) -> list[Info]:
         self.settings = settings
-        return [Info("contracts", settings.home / "collections" / "contracts")] if self.exists else []
+        return [Info("contracts", settings.data / "collections" / "contracts")] if self.exists else []
 
     def import_collection(self, archive: Path, name: str, settings: Settings) -> "Collection":
         self.note("import", archive)
@@ -153,7 +153,7 @@ class Collection:
 
     def info(self) -> Info:
         self._there()
-        return Info(self.name, self.library.settings.home / "collections" / self.name)
+        return Info(self.name, self.library.settings.data / "collections" / self.name)
 
     def documents(self) -> list[DocumentRow]:
         return [DocumentRow("a.txt", "/a.txt", "/", "A", "text/plain", "00", 9, 1, 0, 3, "s", 1.0)]
@@ -581,7 +581,7 @@ def test_models_are_listed_and_a_missing_one_fails_the_check() -> None:
 
 def test_models_pull_fetches_what_is_named(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
     def pull(name: str, settings: Settings, *, report: object, force: bool) -> Path:
-        return settings.home / "models" / f"{name}{'!' if force else ''}"
+        return settings.data / "models" / f"{name}{'!' if force else ''}"
 
     monkeypatch.setattr(weights, "pull", pull)
     pulled = run_json("models", "pull", "all-minilm-l6-v2", "--force")

@@ -371,7 +371,7 @@ def test_a_folder_that_may_not_be_read_is_listed(inside: Callable[..., Result], 
 
 
 def test_two_writers_at_once_are_exit_code_11(inside: Callable[..., Result], tmp_path: Path) -> None:
-    from l2m_rag.memory_tiers.long_term import writing
+    from l2m_rag.memory_tiers.places import writing
 
     (tmp_path / "a.txt").write_text("A text.")
     with writing(tmp_path / "home" / "collections" / "x"):

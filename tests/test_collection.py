@@ -92,6 +92,11 @@ def found(kb: Collection, words: str) -> list[str]:
     return [passage.chunk.text for passage in kb.search(words, 20)]
 
 
+def folder_of(kb: Collection) -> Path:
+    assert isinstance(kb.path, Path)
+    return kb.path
+
+
 def tree(folder: Path) -> dict[str, tuple[int, bytes]]:
     """Give every path below a folder with its time and content."""
     return {
@@ -136,7 +141,7 @@ def test_an_embedder_that_cannot_be_loaded_leaves_no_collection(
     monkeypatch.setattr(models, "_load_embedder", fail)
     with pytest.raises(ModelError):
         library.open("x", settings=settings).ingest(docs)
-    assert not settings.home.exists()
+    assert not settings.data.exists()
 
 
 def test_a_dry_run_tells_what_would_be_done_and_writes_nothing(kb: Collection, docs: Path, tmp_path: Path) -> None:
@@ -159,9 +164,9 @@ def test_a_dry_run_tells_what_would_be_done_and_writes_nothing(kb: Collection, d
 def test_a_collection_is_deleted_whole(kb: Collection, docs: Path, settings: Settings) -> None:
     other = library.open("y", settings=settings)
     other.ingest(docs)
-    (settings.home / "collections" / ".deleted-before" / "collection").mkdir(parents=True)
+    (settings.data / "collections" / ".deleted-before" / "collection").mkdir(parents=True)
     kb.delete()
-    assert [path.name for path in (settings.home / "collections").iterdir()] == ["y"]
+    assert [path.name for path in (settings.data / "collections").iterdir()] == ["y"]
     assert [info.name for info in list_collections(settings)] == ["y"]
     with pytest.raises(CollectionNotFound):
         kb.delete()
@@ -172,16 +177,16 @@ def test_a_collection_is_deleted_whole(kb: Collection, docs: Path, settings: Set
 
 @pytest.mark.parametrize("harm", ["{", "", '{"format": 99}'])
 def test_a_damaged_collection_can_be_deleted(kb: Collection, harm: str) -> None:
-    (kb.path / "manifest.json").write_text(harm)
+    (folder_of(kb) / "manifest.json").write_text(harm)
     library.open("x", settings=kb.settings).delete()
-    assert not kb.path.exists()
+    assert not folder_of(kb).exists()
 
 
 def test_a_renamed_collection_is_the_same_under_its_new_name(kb: Collection, docs: Path) -> None:
     before = content(kb)
     renamed = kb.rename("y")
     assert content(renamed) == content(library.open("y", settings=kb.settings)) == before
-    assert {path.name for path in renamed.path.iterdir()} == {"hot", "manifest.json", "tables", "writer.lock"}
+    assert {path.name for path in folder_of(renamed).iterdir()} == {"hot", "manifest.json", "tables", "writer.lock"}
     with pytest.raises(CollectionNotFound):
         kb.search("sheep")
     assert kb.ingest(docs).added == 3
@@ -214,7 +219,7 @@ def test_a_collection_tells_what_it_holds(kb: Collection, docs: Path) -> None:
     assert (info.name, info.documents, info.failed) == ("x", 3, 1)
     assert (info.embedder, info.dimension, info.format) == ("hashing", 32, 2)
     assert info.chunks == len(content(kb)["chunks"]) == 6
-    assert info.bytes == sum(path.stat().st_size for path in kb.path.rglob("*") if path.is_file())
+    assert info.bytes == sum(path.stat().st_size for path in folder_of(kb).rglob("*") if path.is_file())
     assert list_collections(kb.settings) == [info]
     assert kb.text("lease.txt") == TEXTS["lease.txt"]
 
@@ -278,7 +283,7 @@ def test_an_ingest_by_itself_brings_back_what_was_lost(kb: Collection, docs: Pat
 def test_a_text_index_that_is_gone_is_an_error_and_is_made_again(kb: Collection) -> None:
     before = content(kb)
     kb.optimize()
-    shutil.rmtree(kb.path / "tables" / "chunks.lance" / "_indices")
+    shutil.rmtree(folder_of(kb) / "tables" / "chunks.lance" / "_indices")
     fresh = library.open("x", settings=kb.settings)
     with pytest.raises(CorruptError, match="l2m collections repair"):
         fresh.search("sheep", mode="text")
@@ -288,15 +293,15 @@ def test_a_text_index_that_is_gone_is_an_error_and_is_made_again(kb: Collection)
 
 def test_a_hot_index_that_is_damaged_changes_no_answer(kb: Collection) -> None:
     before = content(kb)
-    for path in (kb.path / "hot").iterdir():
+    for path in (folder_of(kb) / "hot").iterdir():
         path.write_bytes(b"\0" * path.stat().st_size)
     assert content(library.open("x", settings=kb.settings)) == before
 
 
 def test_tables_that_cannot_be_read_are_corrupt(kb: Collection, docs: Path) -> None:
-    for path in (kb.path / "tables" / "chunks.lance" / "data").iterdir():
+    for path in (folder_of(kb) / "tables" / "chunks.lance" / "data").iterdir():
         path.write_bytes(path.read_bytes()[:100])
-    shutil.rmtree(kb.path / "hot")
+    shutil.rmtree(folder_of(kb) / "hot")
     fresh = library.open("x", settings=kb.settings)
     for use in (fresh.verify, fresh.repair, lambda: fresh.search("sheep"), lambda: fresh.ingest(docs)):
         with pytest.raises(CorruptError, match="delete the collection and ingest again"):
@@ -310,7 +315,7 @@ def test_a_power_cut_that_emptied_the_newest_manifests_costs_one_commit(
     kb.ingest(docs)
     whole = content(kb)
     for table in ("chunks", "documents"):
-        min((kb.path / "tables" / f"{table}.lance" / "_versions").glob("*.manifest")).write_bytes(b"")
+        min((folder_of(kb) / "tables" / f"{table}.lance" / "_versions").glob("*.manifest")).write_bytes(b"")
     fresh = library.open("x", settings=kb.settings)
     with caplog.at_level(logging.WARNING):
         assert "A zebra runs with the sheep." not in found(fresh, "zebra")
@@ -338,13 +343,13 @@ def test_another_embedder_is_refused(kb: Collection, made: Any, docs: Path) -> N
 
 
 def test_a_newer_format_is_refused(kb: Collection, docs: Path) -> None:
-    manifest = kb.path / "manifest.json"
+    manifest = folder_of(kb) / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 3}))
-    before = tree(kb.path / "tables")
+    before = tree(folder_of(kb) / "tables")
     for use in (lambda: kb.search("sheep"), lambda: kb.ingest(docs), kb.verify):
         with pytest.raises(IncompatibleError, match="Upgrade l2m-rag"):
             use()
-    assert tree(kb.path / "tables") == before
+    assert tree(folder_of(kb) / "tables") == before
 
 
 @pytest.mark.parametrize(
@@ -355,28 +360,28 @@ def test_a_manifest_of_garbage_is_corrupt(
 ) -> None:
     other = library.open("y", settings=settings)
     other.ingest(docs)
-    (kb.path / "manifest.json").write_bytes(text.encode("utf-8", "surrogateescape"))
-    before = tree(kb.path / "tables")
+    (folder_of(kb) / "manifest.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    before = tree(folder_of(kb) / "tables")
     fresh = library.open("x", settings=settings)
     for use in (lambda: fresh.search("sheep"), lambda: fresh.ingest(docs), lambda: kb.search("sheep")):
         with pytest.raises(CorruptError, match="cannot be read"):
             use()
-    assert tree(kb.path / "tables") == before
+    assert tree(folder_of(kb) / "tables") == before
     assert [info.name for info in list_collections(settings)] == ["y"]  # the others are listed all the same
     assert "cannot be read" in caplog.text
 
 
 def test_data_without_a_manifest_is_never_written_over(kb: Collection, docs: Path) -> None:
-    manifest = (kb.path / "manifest.json").read_text()
-    (kb.path / "manifest.json").unlink()
-    before = tree(kb.path / "tables")
+    manifest = (folder_of(kb) / "manifest.json").read_text()
+    (folder_of(kb) / "manifest.json").unlink()
+    before = tree(folder_of(kb) / "tables")
     for handle in (kb, library.open("x", settings=kb.settings)):
         with pytest.raises(CorruptError, match="holds data but no manifest"):
             handle.ingest(docs)
     with pytest.raises(CollectionNotFound):
         kb.search("sheep")
-    assert tree(kb.path / "tables") == before
-    (kb.path / "manifest.json").write_text(manifest)
+    assert tree(folder_of(kb) / "tables") == before
+    (folder_of(kb) / "manifest.json").write_text(manifest)
     assert library.open("x", settings=kb.settings).ingest(docs).unchanged == 3
 
 
@@ -392,8 +397,8 @@ def test_an_export_comes_back_as_it_was(kb: Collection, docs: Path, made: Any, t
     assert copy.verify().ok
     made.encoded.clear()
     assert (copy.ingest(docs).unchanged, made.encoded) == (3, [])
-    assert {path.name for path in copy.path.iterdir()} == {"hot", "manifest.json", "tables", "writer.lock"}
-    assert {path.name for path in copy.path.parent.iterdir()} == {"x", "copy"}
+    assert {path.name for path in folder_of(copy).iterdir()} == {"hot", "manifest.json", "tables", "writer.lock"}
+    assert {path.name for path in folder_of(copy).parent.iterdir()} == {"x", "copy"}
     assert {path.name for path in tmp_path.iterdir()} == {"docs", "home", "x.l2m"}
     with pytest.raises(UsageError, match="there is a collection 'copy' already"):
         import_collection(tmp_path / "x.l2m", "copy", kb.settings)
@@ -552,7 +557,7 @@ def test_a_second_writer_is_told_who_writes_and_readers_do_not_wait(
 ) -> None:
     (docs / "new.txt").write_text("A zebra.")
     before = content(kb)["found"]
-    with busy(settings.home, docs) as process:
+    with busy(settings.data, docs) as process:
         fresh = library.open("x", settings=settings)
         for use in (
             lambda: fresh.ingest(docs),
@@ -566,7 +571,7 @@ def test_a_second_writer_is_told_who_writes_and_readers_do_not_wait(
                 use()
         assert content(fresh)["found"] == content(kb)["found"] == before
         assert fresh.ingest(docs, dry_run=True).added == 1
-        (settings.home / "go").touch()
+        (settings.data / "go").touch()
         assert process.wait(timeout=60) == 0
     assert kb.verify().ok
     assert found(kb, "zebra")[0] == "A zebra."
@@ -575,12 +580,12 @@ def test_a_second_writer_is_told_who_writes_and_readers_do_not_wait(
 
 def test_the_lock_of_a_dead_process_blocks_nobody(kb: Collection, docs: Path, settings: Settings) -> None:
     (docs / "new.txt").write_text("A zebra.")
-    with busy(settings.home, docs) as process:
+    with busy(settings.data, docs) as process:
         process.send_signal(signal.SIGKILL)
         assert process.wait(timeout=60) == -signal.SIGKILL
-    assert (kb.path / "writer.json").exists()
+    assert (folder_of(kb) / "writer.json").exists()
     assert kb.ingest(docs).added == 1
-    assert not (kb.path / "writer.json").exists()
+    assert not (folder_of(kb) / "writer.json").exists()
     assert kb.verify().ok
 
 

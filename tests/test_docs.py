@@ -89,7 +89,7 @@ def test_the_python_of_the_readme_runs(tmp_path: Path) -> None:
     (code,) = [block for kind, block in _BLOCK.findall(README.read_text()) if kind == "python"]
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "lease.txt").write_text("The lease of the lighthouse flat ends on 30 April 2029.")
-    environment = {**os.environ, "L2M_HOME": str(tmp_path / "home"), "L2M_MODELS": str(settings.home / "models")}
+    environment = {**os.environ, "L2M_HOME": str(tmp_path / "home"), "L2M_MODELS": str(settings.data / "models")}
     ran = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path, env=environment
     )

@@ -32,7 +32,7 @@ from l2m_rag.collection import Collection
 from l2m_rag.config import Settings
 from l2m_rag.errors import IncompatibleError, L2MError, LoadError, LockedError, UsageError
 from l2m_rag.langchain import L2MDocumentIndex, L2MDocumentLoader, L2MEmbeddings, L2MRetriever, L2MVectorStore
-from l2m_rag.memory_tiers.long_term import writing
+from l2m_rag.memory_tiers.places import writing
 from l2m_rag.memory_tiers.texts import Text
 
 TEXTS = ["The lease of the red house ends in May.", "Forty sheep graze on the farm.", "The geese guard the house."]

@@ -128,7 +128,8 @@ WRITER = """
 import sys
 from pathlib import Path
 import numpy as np
-from l2m_rag.memory_tiers.long_term import LongTermTier, writing
+from l2m_rag.memory_tiers.long_term import LongTermTier
+from l2m_rag.memory_tiers.places import writing
 from l2m_rag.memory_tiers.records import Chunk
 
 folder = Path(sys.argv[1])

@@ -121,7 +121,7 @@ def test_collections_are_listed_and_a_damaged_one_with_its_fault(call: Call) -> 
 
 
 def test_a_document_is_read_piece_by_piece(call: Call, served: Settings) -> None:
-    whole = (served.home.parent / "lease.txt").read_text().rstrip()
+    whole = (served.data.parent / "lease.txt").read_text().rstrip()
     text, start, pieces = "", 0, 0
     while start is not None:
         piece = content(call("read_document", document="lease.txt", start=start, length=100))
@@ -192,14 +192,14 @@ def environment(served: Settings) -> dict[str, str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("L2M_")}
     names = ("home", "embedder", "model", "budget", "abstain_below", "collection")
     variables = {f"L2M_{name.upper()}": str(getattr(served, name)) for name in names}
-    return {**clean, **variables, "PYTHONPATH": str(ROOT), "XDG_CONFIG_HOME": str(served.home)}
+    return {**clean, **variables, "PYTHONPATH": str(ROOT), "XDG_CONFIG_HOME": str(served.data)}
 
 
 def test_the_program_speaks_the_protocol_and_nothing_else(served: Settings, tmp_path: Path) -> None:
     # What the library prints while a tool runs must not reach the wire, or the client could not read it.
     noisy = f"import builtins, l2m_rag.qa as qa; qa.check_question = lambda text: print('noise', flush=True); {MAIN}"
     parameters = StdioServerParameters(
-        command=sys.executable, args=["-c", noisy, "mcp"], env=environment(served), cwd=served.home
+        command=sys.executable, args=["-c", noisy, "mcp"], env=environment(served), cwd=served.data
     )
 
     async def main() -> None:
@@ -227,7 +227,7 @@ def test_the_program_ends_with_its_input_or_a_signal(served: Settings, number: s
     process = subprocess.Popen(
         [sys.executable, "-c", MAIN, "mcp"],
         env=environment(served),
-        cwd=served.home,
+        cwd=served.data,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

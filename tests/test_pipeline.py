@@ -27,6 +27,7 @@ from l2m_rag.indexers import pipeline
 from l2m_rag.indexers.pipeline import IngestReport, Limits, plan
 from l2m_rag.indexers.scan import scan
 from l2m_rag.memory_tiers.long_term import LongTermTier, Manifest, create_tier
+from l2m_rag.memory_tiers.places import Where
 
 LIMITS = Limits(chunk_size=16, chunk_overlap=0)
 SUBJECTS = ["sheep", "goats", "horses", "cows", "hens", "geese", "dogs", "cats"]
@@ -91,7 +92,7 @@ def tier(tmp_path: Path, hashing: Any) -> LongTermTier:
     return new_tier(tmp_path / "collection", hashing)
 
 
-def new_tier(folder: Path, embedder: Any) -> LongTermTier:
+def new_tier(folder: Where, embedder: Any) -> LongTermTier:
     return create_tier(
         folder, Manifest(embedder="hashing", fingerprint="x", dimension=embedder.dimension, created_at=0)
     )
@@ -523,9 +524,9 @@ def finish(hashing: Any, monkeypatch: pytest.MonkeyPatch) -> Check:
     return run
 
 
-def no_scratch(folder: Path) -> bool:
+def no_scratch(folder: Where) -> bool:
     """Say whether a collection's folder holds nothing that a killed run has left (but for what a next save sweeps)."""
-    left = {path.name for path in folder.iterdir() if not path.name.startswith(".hot-")}
+    left = {path.name for path in Path(str(folder)).iterdir() if not path.name.startswith(".hot-")}
     return left - {"hot"} == {"manifest.json", "tables", "writer.lock"}
 
 

@@ -276,7 +276,7 @@ def test_without_the_extra_its_name_is_told(tmp_path: Path, monkeypatch: pytest.
     collection = library.open("x", settings=Settings(home=tmp_path / "home"))
     with pytest.raises(MissingExtraError, match=r"ray is not installed; run: pip install 'l2m-rag\[ray\]'"):
         collection.ingest(tmp_path / "a.txt", ray="local")
-    assert not collection.path.exists()
+    assert not (tmp_path / "home" / "collections").exists()
 
 
 # -- parts

@@ -803,8 +803,8 @@ def start(served: Settings, *args: str, first: str = "") -> subprocess.Popen[str
     variables = {f"L2M_{name.upper()}": str(getattr(served, name)) for name in names}
     return subprocess.Popen(
         [sys.executable, "-c", f"{first}\n{MAIN}", "serve", "--port", "0", *args],
-        env={**clean, **variables, "PYTHONPATH": str(ROOT), "XDG_CONFIG_HOME": str(served.home)},
-        cwd=served.home,
+        env={**clean, **variables, "PYTHONPATH": str(ROOT), "XDG_CONFIG_HOME": str(served.data)},
+        cwd=served.data,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -117,14 +117,14 @@ def test_a_collection_checks_and_mends_its_states(tier: LongTermTier) -> None:
         states.add(batch(4))
     assert tier.verify() == []
     assert tier.state_table() is not None
-    alter(StateTable(tier.folder / "states"), 1, stream="x")
+    alter(StateTable(Path(tier.place.uri) / "states"), 1, stream="x")
     assert tier.verify() == ["states: row 1 of 'default' has been altered"]
     assert "removed 1 damaged states" in tier.repair()
     assert tier.verify() == []
-    flip(tier.folder / "states" / "states.json")
+    flip(Path(tier.place.uri) / "states" / "states.json")
     assert any("states.json cannot be read" in problem for problem in tier.verify())
     (said,) = [line for line in tier.repair() if line.startswith("set the states aside")]
-    (aside,) = tier.folder.glob("states.damaged-*")
+    (aside,) = Path(tier.place.uri).glob("states.damaged-*")
     assert str(aside) in said
     assert (tier.verify(), tier.state_table()) == ([], None)
     with tier.states(FORM) as states:
@@ -132,7 +132,7 @@ def test_a_collection_checks_and_mends_its_states(tier: LongTermTier) -> None:
 
 
 def test_a_creation_that_was_cut_off_is_no_problem(tier: LongTermTier) -> None:
-    (tier.folder / "states").mkdir()
+    (Path(tier.place.uri) / "states").mkdir()
     assert (tier.state_table(), tier.verify()) == (None, [])
 
 
@@ -162,7 +162,7 @@ def test_a_disk_without_room_is_left_as_it_is(tier: Any, what: str, monkeypatch:
     version, before = table.version, tier.version
     with pytest.raises(DiskFullError, match=r"needs [\d,]+ bytes of free disk.*10 are free.*Nothing was changed"):
         (table.compact if what == "states" else tier.compact)()
-    assert (StateTable(tier.folder / "states").version, tier.version) == (version, before)
+    assert (StateTable(Path(tier.place.uri) / "states").version, tier.version) == (version, before)
 
 
 # -- within a budget ---------------------------------------------------------------------------------------------------

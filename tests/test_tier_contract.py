@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from l2m_rag.errors import DiskFullError, IncompatibleError, L2MError, ReadOnlyError, UsageError
 from l2m_rag.memory_tiers.in_memory import InMemoryTier
-from l2m_rag.memory_tiers.long_term import Fusion, LongTermTier, Manifest, Mode, Tier, create_tier, writing
+from l2m_rag.memory_tiers.long_term import Fusion, LongTermTier, Manifest, Mode, Tier, create_tier
+from l2m_rag.memory_tiers.places import writing
 from l2m_rag.memory_tiers.records import Chunk
 from l2m_rag.memory_tiers.state_table import StateFormat, StateRows
 

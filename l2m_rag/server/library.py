@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import l2m_rag.collection
@@ -16,6 +15,7 @@ import l2m_rag.models
 from l2m_rag.config import COLLECTION_NAME, Settings
 from l2m_rag.errors import CollectionNotFound, L2MError
 from l2m_rag.memory_tiers.long_term import Mode, read_manifest
+from l2m_rag.memory_tiers.places import Where, place_of
 from l2m_rag.memory_tiers.records import Passage
 from l2m_rag.qa import Answer
 
@@ -56,11 +56,11 @@ class Library:
     def __init__(self, settings: Settings, *, only: str | None = None) -> None:
         self.settings = settings
         self._only = only
-        self._opened: dict[str, tuple[tuple[int, int], Collection]] = {}
+        self._opened: dict[str, tuple[str | None, Collection]] = {}
 
     def names(self) -> list[str]:
         """Give the names of the collections; damaged ones are among them."""
-        names = (path.parent.name for path in (self.settings.home / "collections").glob("*/manifest.json"))
+        names = place_of(self.settings.home / "collections").holding("manifest.json")
         return sorted(name for name in names if COLLECTION_NAME.fullmatch(name) and self._only in (None, name))
 
     def made_at(self, name: str) -> int:
@@ -135,15 +135,14 @@ class Library:
     def _collection(self, name: str | None) -> Collection:
         """Give a collection, opened before if it is still the same one."""
         folder = self._found(name)
-        made = (folder / "manifest.json").stat()
-        stamp = (made.st_ino, made.st_mtime_ns)
+        stamp = place_of(folder).stamp("manifest.json")
         known = self._opened.get(folder.name)
         if known is None or known[0] != stamp:
             known = stamp, l2m_rag.collection.open(folder.name, settings=self.settings)
             self._opened[folder.name] = known
         return known[1]
 
-    def _found(self, name: str | None) -> Path:
+    def _found(self, name: str | None) -> Where:
         name = self.settings.collection if name is None else name
         collection = l2m_rag.collection.open(name, settings=self.settings)  # checks the name
         if self._only not in (None, name) or not collection.exists():
@@ -151,7 +150,7 @@ class Library:
             raise CollectionNotFound(f"there is no collection {name!r}; there are: {here}")
         return collection.path
 
-    def _folder(self, name: str) -> Path:
+    def _folder(self, name: str) -> Where:
         return l2m_rag.collection.open(name, settings=self.settings).path
 
 
