@@ -472,7 +472,7 @@ class _Lease:
         while not ended.wait(LEASE / _RENEWED):
             try:
                 self.lost = not self._write(self._tag)
-            except L2MError:  # not reached: there is some time left to try again
+            except Exception:  # not reached, whatever the reason: there is some time left to try again
                 self.lost = time.time() > self._until
             if self.lost:
                 return
@@ -481,7 +481,7 @@ class _Lease:
         """Leave the lock to others; where nothing else is left, leave nothing."""
         if self.lost or time.time() > self._until:
             return
-        with suppress(L2MError):  # it ends by itself
+        with suppress(Exception):  # it ends by itself
             if self._place.there():
                 self._place.swap(_LOCK, {**self._facts, "until": 0.0}, self._tag)
             else:

@@ -362,8 +362,8 @@ CREATION = [
     "lancedb.table:LanceTable.set_unenforced_primary_key:2:before",
     "lancedb.table:LanceTable.create_index:1:after",
     "os:fsync:1:before",  # the owner of the lock is half written
-    "l2m_rag.memory_tiers.long_term:write_json:2:before",
-    "l2m_rag.memory_tiers.long_term:write_json:2:after",
+    "l2m_rag.memory_tiers.places:write_json:2:before",
+    "l2m_rag.memory_tiers.places:write_json:2:after",
 ]
 WORKING = [
     f"{STORE}.add_chunks:1:after",
