@@ -348,18 +348,23 @@ def test_an_export_comes_back_as_it_was(home: Url, docs: Path, made: Any, tmp_pa
 def test_an_import_that_fails_leaves_nothing(home: Url, docs: Path, made: Any, tmp_path: Path) -> None:
     kb = library.open("x", settings=settings_in(home))
     kb.ingest(docs)
-    whole = kb.export(tmp_path / "x.l2m").read_bytes()
+    before, whole = content(kb), kb.export(tmp_path / "x.l2m").read_bytes()
     (tmp_path / "x.l2m").write_bytes(whole[:-200])
     with pytest.raises(CorruptError, match="is not an export"):
         library.import_collection(tmp_path / "x.l2m", "copy", settings_in(home))
     assert list(Prefix(home / "collections" / "copy").files()) == []
+    kb.tier().store._chunks.update(where="document = 'garden.txt'", values={"text": "A tiger"})
+    kb.export(tmp_path / "altered.l2m")
+    with pytest.raises(CorruptError, match="some chunks has been altered"):
+        library.import_collection(tmp_path / "altered.l2m", "copy", settings_in(home))
+    assert not [path for path, _ in Prefix(home).files() if "/copy/" in path]
     left = library.open("copy", settings=settings_in(home))
     Prefix(home / "collections" / "copy").write_json("tables/left.json", {})  # as of a run that was killed
     (tmp_path / "x.l2m").write_bytes(whole)
     with pytest.raises(UsageError, match=r"there is something at s3://.*l2m collections delete copy --yes"):
         library.import_collection(tmp_path / "x.l2m", "copy", settings_in(home))
     left.delete()
-    assert content(library.import_collection(tmp_path / "x.l2m", "copy", settings_in(home))) == content(kb)
+    assert content(library.import_collection(tmp_path / "x.l2m", "copy", settings_in(home))) == before
 
 
 def test_a_deleted_collection_leaves_nothing(home: Url, docs: Path, made: Any, tmp_path: Path) -> None:
