@@ -15,6 +15,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Protocol
 
 from l2m_rag import qa
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 
 PATIENCE = 30.0
 """Seconds for which `put` and `drop` wait for another writer."""
+TIDY_AFTER = 500
+"""Texts that are put in before files are merged and words indexed, which a search pays 29 us a text for until then."""
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +131,8 @@ class Collection:
         self.path = folder
         self.settings = settings
         self._given = embedder
+        self._loose = 0  # texts that were put in since files were last merged
+        self._tidying: Thread | None = None
         self._tier: LongTermTier | None = None
         self._opened: str | None = None  # the manifest that the tier was opened with
 
@@ -211,6 +216,18 @@ class Collection:
             tier = self._newest() if self.exists() else self._create()
             self._embedder()
             stored.put(tier, texts, vectors)
+        self._loose += len(texts)
+        if self._loose >= TIDY_AFTER and not (self._tidying and self._tidying.is_alive()):
+            self._loose = 0
+            other = Collection(self.name, self.path, self.settings, self._given)  # with tables of its own
+            self._tidying = Thread(target=_tidy, args=(other,), name="l2m-tidying")
+            self._tidying.start()
+
+    def settle(self) -> None:
+        """Wait until what `put` has begun in a thread of its own is done: small files merged, words indexed."""
+        if self._tidying is not None:
+            self._tidying.join()
+            self._tidying = None
 
     def get(self, ids: Sequence[str]) -> list[Text]:
         """Give the texts of those ids that are there, in the order asked for, each once."""
@@ -349,6 +366,7 @@ class Collection:
 
     def delete(self) -> None:
         """Delete the collection and all that it holds."""
+        self.settle()
         place_of(self._existing()).remove()
         self._tier = None
 
@@ -365,6 +383,7 @@ class Collection:
         if place_of(target).there():
             raise UsageError(f"there is a collection {name!r} already; delete it first or choose another name")
         read_manifest(self.path)
+        self.settle()
         place_of(self._existing()).rename(target)
         self._tier = None
         return Collection(name, target, self.settings)
@@ -596,6 +615,16 @@ def import_collection(archive: Path, name: str, settings: Settings | None = None
         raise UsageError(f"there is a collection {name!r} already; delete it first or choose another name")
     restore_archive(archive, collection.path)
     return collection
+
+
+def _tidy(kb: Collection) -> None:
+    """Merge the small files that single writes leave, and index their words; no search waits for it."""
+    try:
+        with kb._turn():
+            if kb.exists():
+                kb._newest().store.index_text()
+    except Exception as error:  # nothing is lost by it, and no one waits for it
+        logger.warning("collection %r was not tidied up: %s", kb.name, error)
 
 
 def _bare(folder: Where, settings: Settings) -> Collection:

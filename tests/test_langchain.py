@@ -32,6 +32,7 @@ from l2m_rag.collection import Collection
 from l2m_rag.config import Settings
 from l2m_rag.errors import IncompatibleError, L2MError, LoadError, LockedError, UsageError
 from l2m_rag.langchain import L2MDocumentIndex, L2MDocumentLoader, L2MEmbeddings, L2MRetriever, L2MVectorStore
+from l2m_rag.memory_tiers.lance_store import LanceStore
 from l2m_rag.memory_tiers.places import writing
 from l2m_rag.memory_tiers.texts import Text
 
@@ -224,6 +225,39 @@ def test_two_writers_at_once_lose_nothing(made: Settings) -> None:
     names = [f"{number}-{at}" for number in range(2) for at in range(5)]
     assert [document.id for document in stores[0].get_by_ids(names)] == names
     assert stores[1].collection.verify().ok
+
+
+def test_many_small_writes_are_tidied_up_while_others_read_and_write(
+    kb: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "TIDY_AFTER", 120)
+    for at in range(0, 300, 10):
+        kb.put([Text(str(number), f"Text number {number} of three hundred.") for number in range(at, at + 10)])
+        assert kb.search(f"text number {at}", 1)
+    kb.settle()
+    table = kb.tier().store._chunks
+    table.checkout_latest()
+    assert table.index_stats("text_idx").num_unindexed_rows < 240
+    assert table.stats()["fragment_stats"]["num_fragments"] < 25
+    assert [text.id for text in kb.get(["7", "299"])] == ["7", "299"]
+    assert kb.verify().ok
+    kb.delete()
+    assert not kb.exists()
+
+
+def test_what_cannot_be_tidied_up_is_a_warning(
+    kb: Collection, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(library, "TIDY_AFTER", 1)
+
+    def fails(self: LanceStore, unindexed: int = 100) -> None:
+        raise OSError("no more of this")
+
+    monkeypatch.setattr(LanceStore, "index_text", fails)
+    kb.put([Text("a", "A text.")])
+    kb.settle()
+    assert "'notes' was not tidied up: no more of this" in caplog.text
+    assert kb.verify().ok
 
 
 def test_a_writer_that_goes_on_for_long_is_named(store: L2MVectorStore, monkeypatch: pytest.MonkeyPatch) -> None:
