@@ -312,8 +312,7 @@ def tier(
     """
     from l2m_rag import bench_tier
 
-    sizes = tuple(rows) if rows else (10_000, 50_000, 500_000)
-    measured = bench_tier.tier(sizes, questions=questions, commits=commits, told=remarks(ctx))
+    measured = bench_tier.tier(rows or bench_tier.ROWS, questions=questions, commits=commits, told=remarks(ctx))
     if as_json:
         output.say_json(measured)
         return

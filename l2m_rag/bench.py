@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -244,7 +244,7 @@ def search(rows: int, settings: Settings, *, questions: int = 200, told: Told = 
             "dense": lambda question, vector: tier.search(question, vector, 10, mode="dense"),
             "text": lambda question, vector: tier.search(question, None, 10, mode="text"),
         }
-        times = _take_turns(ways, words, queries)
+        times = take_turns(ways, zip(words, queries, strict=True))
         recall = _recall(hot, queries)
     middle = {name: round(statistics.median(found), 3) for name, found in times.items()}
     return {
@@ -259,19 +259,22 @@ def search(rows: int, settings: Settings, *, questions: int = 200, told: Told = 
     }
 
 
-def _take_turns(
-    ways: dict[str, Callable[[str, Vectors], object]], words: Sequence[str], queries: Vectors
-) -> dict[str, list[float]]:
+def take_turns(ways: dict[str, Callable[..., object]], questions: Iterable[tuple[Any, ...]]) -> dict[str, list[float]]:
     """Time each way on each question, in milliseconds; the order turns, as what comes later finds warm caches."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     names = list(ways)
-    for number, (question, vector) in enumerate(zip(words, queries, strict=True)):
+    for number, question in enumerate(questions):
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            began = time.perf_counter()
-            ways[name](question, vector)
-            times[name].append((time.perf_counter() - began) * 1000)
+            times[name].append(timed(ways[name], *question))
     return times
+
+
+def timed(way: Callable[..., object], *question: Any) -> float:
+    """Give how long a call takes, in milliseconds."""
+    began = time.perf_counter()
+    way(*question)
+    return (time.perf_counter() - began) * 1000
 
 
 def made_vectors(rows: int, dimension: int, seed: int = 0) -> Vectors:

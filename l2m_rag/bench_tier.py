@@ -6,7 +6,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
@@ -17,19 +17,20 @@ import faiss as _faiss
 import numpy as np
 import pyarrow as pa
 
-from l2m_rag.bench import Told, made_texts, made_vectors, query_vectors
+from l2m_rag.bench import Told, made_texts, made_vectors, query_vectors, take_turns, timed
 from l2m_rag.errors import UsageError
 from l2m_rag.memory_tiers import nearest
 from l2m_rag.memory_tiers.disk import fsync
 from l2m_rag.memory_tiers.hot_index import HotIndex, Rows, no_rows
 from l2m_rag.memory_tiers.lance_store import RowIds, Vectors, connect
-from l2m_rag.memory_tiers.long_term import LongTermTier, Manifest, create_tier
+from l2m_rag.memory_tiers.long_term import Manifest, create_tier
 from l2m_rag.memory_tiers.records import Chunk
 from l2m_rag.memory_tiers.state_table import StateFormat, StateRows
 from l2m_rag.memory_tiers.states import StateTier
 
 faiss: Any = _faiss  # its stubs lack the keyword arguments of its search parameters
 
+ROWS = (10_000, 50_000, 500_000)
 DIMENSION = 384
 K = 10
 _LANCE_QUESTIONS = 20  # its own search takes up to seconds
@@ -39,7 +40,7 @@ _GROWTH = 1000  # rows of a commit
 
 
 def tier(
-    rows: Sequence[int] = (10_000, 50_000, 500_000),
+    rows: Sequence[int] = ROWS,
     *,
     questions: int = 400,
     commits: int = 20,
@@ -111,12 +112,12 @@ def _search(count: int, questions: int, bandwidth: float, folder: Path, told: To
         raw.add(vectors)
     told(f"searching {count:,} vectors")
     answers: dict[str, list[RowIds]] = {"ours": [], "raw": []}
-    times = _in_turn(
+    times = take_turns(
         {
             "ours": lambda query: answers["ours"].append(hot.search(query, K)[0]),
             "raw": lambda query: answers["raw"].append(raw.search(query[None], K, params=how)[1][0]),
         },
-        queries,
+        ((query,) for query in queries),
     )
     recall = {name: _share_found(found, truth) for name, found in answers.items()}
     told(f"searching {count:,} vectors with LanceDB")
@@ -191,7 +192,7 @@ def _states(scratch: Path, questions: int) -> dict[str, float | None]:
         columns = ["row", "key", "values", "scales", "tokens"]
         numbers = table.search().select(["row"]).with_row_id(True).limit(None).to_arrow()
         lance_rows = dict(zip(numbers["row"].to_pylist(), numbers["_rowid"].to_pylist(), strict=True))
-        times = _in_turn(
+        times = take_turns(
             {
                 "warm": warm.fetch,
                 "cold": cold.fetch,
@@ -200,7 +201,7 @@ def _states(scratch: Path, questions: int) -> dict[str, float | None]:
                     table.take_row_ids([lance_rows[row] for row in rows.tolist()]).select(columns).to_arrow()
                 ),
             },
-            asked,
+            ((rows,) for rows in asked),
         )
     return {
         **_beside(times["warm"], times["raw"], None),
@@ -246,11 +247,12 @@ def _writes(scratch: Path, commits: int) -> dict[str, dict[str, float | None]]:
     raw = faiss.IndexScalarQuantizer(DIMENSION, nearest.HALF, faiss.METRIC_INNER_PRODUCT)
     raw.add(np.concatenate(parts[:10]))
     folder = scratch / "raw"
-    table = connect(folder).create_table("raw", _as_arrow(ours, parts[0][:0], []))
+    schema = ours.store.to_arrow()["chunks"].schema
+    table = connect(folder).create_table("raw", _as_arrow(schema, parts[0][:0], []))
     times: dict[str, list[float]] = {}
     for number in range(10, 11 + commits):
         chunks, new = _chunks(number, texts), parts[number]
-        rows = _as_arrow(ours, new, chunks)
+        rows = _as_arrow(schema, new, chunks)
         seen = set(_files(folder))
 
         def write_raw(rows: pa.Table = rows) -> None:
@@ -274,9 +276,9 @@ def _writes(scratch: Path, commits: int) -> dict[str, dict[str, float | None]]:
             "added": partial(raw.add, new[-1:]),
         }
         for name, way in ways.items():
-            times.setdefault(name, []).append(_timed(way))
+            times.setdefault(name, []).append(timed(way))
         row = np.array([1 << 40])  # that no table has
-        times.setdefault("visible", []).append(_timed(partial(ours.hot_index().changed, row, new[-1:])))
+        times.setdefault("visible", []).append(timed(partial(ours.hot_index().changed, row, new[-1:])))
         best = ours.search("", new[0], 1, mode="dense")[0]
         if best.chunk.id != chunks[0].id:
             raise AssertionError("what was added is not found")
@@ -305,10 +307,9 @@ def _chunks(number: int, texts: Sequence[str]) -> list[Chunk]:
     ]
 
 
-def _as_arrow(ours: LongTermTier, vectors: Vectors, chunks: Sequence[Chunk]) -> pa.Table:
+def _as_arrow(schema: pa.Schema, vectors: Vectors, chunks: Sequence[Chunk]) -> pa.Table:
     """Give the rows as LanceDB takes them, with the columns that ours have."""
     flat = np.ascontiguousarray(vectors, dtype=np.float32).reshape(-1)
-    schema = ours.store.to_arrow()["chunks"].schema
     columns = {
         name: pa.array([getattr(chunk, name, None) for chunk in chunks], schema.field(name).type)
         for name in ("id", "document", "ordinal", "page", "heading", "start", "end", "text")
@@ -321,24 +322,6 @@ def _as_arrow(ours: LongTermTier, vectors: Vectors, chunks: Sequence[Chunk]) -> 
 def _files(folder: Path) -> Iterator[Path]:
     for root, _, names in os.walk(folder):
         yield from (Path(root, name) for name in names)
-
-
-# -- time --------------------------------------------------------------------------------------------------------------
-def _in_turn(ways: dict[str, Callable[[Any], object]], questions: Iterable[Any]) -> dict[str, list[float]]:
-    """Time each way on each question, in milliseconds; the order turns, as what comes later finds warm caches."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    names = list(ways)
-    for number, question in enumerate(questions):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
-            times[name].append(_timed(lambda name=name, question=question: ways[name](question)))  # type: ignore[misc]
-    return times
-
-
-def _timed(way: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    way()
-    return (time.perf_counter() - began) * 1000
 
 
 def _beside(ours: Sequence[float], raw: Sequence[float], recall: float | None) -> dict[str, float | None]:

@@ -210,12 +210,12 @@ class Collection:
 
         if not texts:
             return
-        stored.check(texts)
+        chunks = stored.chunks_of(texts)
         vectors = self._load().encode([text.text for text in texts])
         with self._turn():
             tier = self._newest() if self.exists() else self._create()
             self._embedder()
-            stored.put(tier, texts, vectors)
+            stored.put(tier, chunks, vectors)
         self._loose += len(texts)
         if self._loose >= TIDY_AFTER and not (self._tidying and self._tidying.is_alive()):
             self._loose = 0

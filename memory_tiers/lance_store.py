@@ -328,8 +328,7 @@ class LanceStore:
         """Give the manifests that were set aside when the tables were opened, and that no commit has stood in for."""
         if not isinstance(self.folder, Path):
             return []
-        aside = self.folder.glob("*/_versions/*.damaged")
-        return sorted(str(path.relative_to(self.folder)) for path in aside if not path.with_suffix("").exists())
+        return [str(path.relative_to(self.folder)) for path in cut_short(self.folder)]
 
     def refresh(self) -> None:
         """Look at the newest version, which another process may have written.
@@ -597,6 +596,12 @@ def heal(table: Path, ledger: Ledger) -> None:
             table,
             len(hollow),
         )
+
+
+def cut_short(folder: Path) -> list[Path]:
+    """Give the manifests of a folder's tables that `heal` has set aside, and that no commit has stood in for."""
+    aside = folder.glob("*/_versions/*.damaged")
+    return sorted(path for path in aside if not path.with_suffix("").exists())
 
 
 def _is_hollow(manifest: Path) -> bool:

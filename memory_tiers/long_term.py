@@ -294,8 +294,8 @@ class LongTermTier:
             states = self.state_table()
             return states.repair() if states else []
         except CorruptError as error:
-            aside = Path(self.place.uri) / f"states.damaged-{time.time_ns()}"
-            (Path(self.place.uri) / "states").rename(aside)
+            folder = self._states_folder()
+            aside = folder.rename(folder.with_name(f"states.damaged-{time.time_ns()}"))
             return [f"set the states aside, in {aside}, as they cannot be read ({error})"]
 
     def compact(self) -> None:

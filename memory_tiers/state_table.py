@@ -219,8 +219,8 @@ class StateTable:
         rows.validate(full=True)
         if not rows.schema.equals(_schema(self.form)) or len(rows["id"].unique()) < len(rows):
             raise CorruptError("its states are not those of a collection")
-        for name, row, record, crc in rows_of(rows, self.form):
-            if crc_of(name, row, record) != crc:
+        for name, row, _, intact in rows_of(rows, self.form):
+            if not intact:
                 raise CorruptError(f"row {row} of the states of {name!r} has been altered")
             if row >= self.next_row(name):
                 self._pinned["next"][name] = row + 1
@@ -244,7 +244,7 @@ class StateTable:
             CorruptError: the table cannot be read at all.
         """
         altered = [f"{path}: the file has been altered" for path in self._ledger.altered()]
-        short = [f"{path.name}: a commit was cut short, and is lost" for path in self._cut_short()]
+        short = [f"{path.name}: a commit was cut short, and is lost" for path in lance.cut_short(self.folder)]
         return altered + short + [f"states: row {row} of {name!r} has been altered" for name, row in self._damaged()]
 
     def repair(self) -> list[str]:
@@ -254,12 +254,12 @@ class StateTable:
         if damaged:
             self.delete([f"namespace IN ({quoted(name)}) AND row = {row}" for name, row in damaged])
             done.append(f"removed {len(damaged)} damaged states")
-        if self._ledger.altered() or self._cut_short():
+        if self._ledger.altered() or lance.cut_short(self.folder):
             rows = self.to_arrow()
             with self._committing():
                 self._table = self._database.create_table("states", rows, mode="overwrite")
             self.compact(timedelta(milliseconds=1))
-            for path in self._cut_short():
+            for path in lance.cut_short(self.folder):
                 path.unlink()
             done.append("wrote the states anew, as files of theirs had been altered or cut short")
         return done
@@ -278,29 +278,24 @@ class StateTable:
 
     def _damaged(self) -> list[tuple[str, int]]:
         """Give namespace and number of the rows whose checksum does not fit."""
-        found = []
+        found: list[tuple[str, int]] = []
         with self.reading():
             for batch in self._table.search().to_batches(256):
-                rows = pa.Table.from_batches([batch])
-                for name, row, record, crc in rows_of(rows, self.form):
-                    if crc_of(name, row, record) != crc:
-                        found.append((name, row))
+                rows = rows_of(pa.Table.from_batches([batch]), self.form)
+                found += [(name, row) for name, row, _, intact in rows if not intact]
         return found
 
-    def _cut_short(self) -> list[Path]:
-        aside = self.path.glob("_versions/*.damaged")
-        return sorted(path for path in aside if not path.with_suffix("").exists())
-
     def _committing(self) -> Any:
-        return lance.committing(self._ledger, *([self._table] if hasattr(self, "_table") else []))
+        return lance.committing(self._ledger, self._table)
 
 
-def rows_of(rows: pa.Table, form: StateFormat) -> Iterator[tuple[str, int, StateRows, int]]:
-    """Give namespace, number, record and stored checksum of each row of whole columns."""
+def rows_of(rows: pa.Table, form: StateFormat) -> Iterator[tuple[str, int, StateRows, bool]]:
+    """Give namespace, number and record of each row of whole columns, and whether they are what was written."""
     facts = [rows[name].to_pylist() for name in ("namespace", "row", "crc")]
     batch = from_arrow(rows, form)
     for at, (name, row, crc) in enumerate(zip(*facts, strict=True)):
-        yield name, row, batch.take([at]), crc
+        record = batch.take([at])
+        yield name, row, record, crc_of(name, row, record) == crc
 
 
 def from_arrow(rows: pa.Table, form: StateFormat) -> StateRows:

@@ -27,7 +27,6 @@ from l2m_rag.memory_tiers.state_table import (
     StateFormat,
     StateRows,
     StateTable,
-    crc_of,
     flat,
     join,
     layout,
@@ -383,8 +382,8 @@ class StateTier:
         found: dict[int, StateRows] = {}
         with table.reading():
             read = table.take([self._lance[row] for row in rows], _READ)
-            for name, row, record, crc in rows_of(read, self.form):
-                if crc_of(name, row, record) != crc:
+            for _, row, record, intact in rows_of(read, self.form):
+                if not intact:
                     raise CorruptError(f"row {row} of {table.path} is damaged: its checksum differs. {REMEDY}")
                 found[row] = record
         for row in rows:

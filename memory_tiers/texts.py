@@ -39,7 +39,7 @@ class Text:
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
-def check(texts: Sequence[Text]) -> list[Chunk]:
+def chunks_of(texts: Sequence[Text]) -> list[Chunk]:
     """Give the chunks that texts become.
 
     Raises:
@@ -48,18 +48,17 @@ def check(texts: Sequence[Text]) -> list[Chunk]:
     return [_chunk(text) for text in texts]
 
 
-def put(tier: LongTermTier, texts: Sequence[Text], vectors: Vectors) -> None:
+def put(tier: LongTermTier, chunks: Sequence[Chunk], vectors: Vectors) -> None:
     """Insert texts, or replace those whose id is there.
 
     Args:
         tier: whose writer's lock is held.
-        texts: with ids that differ.
+        chunks: of texts with ids that differ, from `chunks_of`.
         vectors: (N, dimension) float32, theirs.
 
     Raises:
-        UsageError: an id, a text or metadata cannot be stored; nothing was written.
+        UsageError: an id comes twice, or a vector cannot be used; nothing was written.
     """
-    chunks = check(texts)
     tier.add(chunks, vectors)
     now = time.time()
     tier.store.put_documents([_row(chunk, now) for chunk in chunks])
@@ -72,9 +71,11 @@ def get(tier: LongTermTier, ids: Sequence[str]) -> list[Text]:
 
 def drop(tier: LongTermTier, ids: Sequence[str]) -> list[str]:
     """Delete texts by id; give the ids of those that were there."""
-    there = [text.id for text in get(tier, ids)]
-    tier.store.remove_documents([PREFIX + one for one in there])
-    return there
+    named = [PREFIX + one for one in dict.fromkeys(ids)]
+    stored = set(tier.store.present(named))
+    there = [name for name in named if name in stored]
+    tier.store.remove_documents(there)
+    return [name.removeprefix(PREFIX) for name in there]
 
 
 def is_text(chunk: Chunk) -> bool:

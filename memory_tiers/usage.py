@@ -33,6 +33,9 @@ class _Use(NamedTuple):
     keep: float
 
 
+_NEVER = _Use(0, 0.0, float("-inf"))
+
+
 class Usage:
     """The use of the rows of one namespace.
 
@@ -46,7 +49,6 @@ class Usage:
         self._path = None if folder is None else folder / "usage.arrow"
         self._namespace = namespace
         self._uses: dict[int, _Use] = {}
-        self._clock = 0.0
         for use in self._stored():
             if use["namespace"] == namespace:
                 self._uses[use["row"]] = _Use(use["reads"], use["used"], use["keep"])
@@ -60,7 +62,7 @@ class Usage:
         """Note that rows were read."""
         now = self._now()
         for row in rows:
-            before = self._uses.get(row, _Use(0, 0.0, float("-inf")))
+            before = self._uses.get(row, _NEVER)
             self._uses[row] = before._replace(reads=before.reads + 1, used=now)
 
     def drop(self, rows: Iterable[int]) -> None:
@@ -76,10 +78,9 @@ class Usage:
             policy: "lru": what was used longest ago; "learned": what has the lowest score of the router, of equals and
                 of those without one what was used longest ago.
         """
-        none = _Use(0, 0.0, float("-inf"))
 
         def worth(row: int) -> tuple[float, float, int]:
-            use = self._uses.get(row, none)
+            use = self._uses.get(row, _NEVER)
             return (use.keep if policy == "learned" else 0.0, use.used, row)
 
         return sorted(rows, key=worth)

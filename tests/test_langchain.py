@@ -86,7 +86,7 @@ class TestRetriever(RetrieversIntegrationTests):
         return "When does the lease end?"
 
 
-class TestEmbeddings(EmbeddingsIntegrationTests):
+class OurEmbeddings:
     @pytest.fixture(autouse=True)
     def with_settings(self, made: Settings) -> None:
         self.made = made
@@ -100,19 +100,11 @@ class TestEmbeddings(EmbeddingsIntegrationTests):
         return {"settings": self.made}
 
 
-class TestEmbeddingsAlone(EmbeddingsUnitTests):
-    @pytest.fixture(autouse=True)
-    def with_settings(self, made: Settings) -> None:
-        self.made = made
+class TestEmbeddings(OurEmbeddings, EmbeddingsIntegrationTests):
+    pass
 
-    @property
-    def embeddings_class(self) -> type[Embeddings]:
-        return L2MEmbeddings
 
-    @property
-    def embedding_model_params(self) -> dict[str, Any]:
-        return {"settings": self.made}
-
+class TestEmbeddingsAlone(OurEmbeddings, EmbeddingsUnitTests):
     @property
     def init_from_env_params(self) -> tuple[dict[str, str], dict[str, Any], dict[str, Any]]:
         variables = {"L2M_EMBEDDER": self.made.embedder, "L2M_HOME": str(self.made.home)}

@@ -25,11 +25,15 @@ Filter = str | Mapping[str, Any]
 def document_of(chunk: Chunk) -> Document:
     """Give what was put in by a program as it was, and a chunk of a file with where it stands."""
     if is_text(chunk):
-        text = text_of(chunk)
-        return Document(page_content=text.text, metadata=text.metadata, id=text.id)
+        return given(text_of(chunk))
     where = {"source": chunk.document, "page": chunk.page, "heading": chunk.heading or None}
     facts = {**chunk.metadata, **{name: value for name, value in where.items() if value is not None}}
     return Document(page_content=chunk.text, metadata={**facts, "start": chunk.start, "end": chunk.end}, id=chunk.id)
+
+
+def given(text: Text) -> Document:
+    """Give the document that a text was put in as."""
+    return Document(page_content=text.text, metadata=text.metadata, id=text.id)
 
 
 def texts_of(documents: Sequence[Document], ids: Sequence[str | None] | None = None) -> list[Text]:
@@ -45,15 +49,15 @@ def texts_of(documents: Sequence[Document], ids: Sequence[str | None] | None = N
     return [Text(one, each.page_content, dict(each.metadata)) for one, each in zip(made, documents, strict=True)]
 
 
-def where_of(given: Filter | None) -> str | None:
+def where_of(filter: Filter | None) -> str | None:
     """Turn a filter into SQL.
 
     Raises:
         UsageError: it holds what no filter can look for.
     """
-    if given is None or isinstance(given, str):
-        return given
-    conditions = [_condition(key, value) for key, value in given.items()]
+    if filter is None or isinstance(filter, str):
+        return filter
+    conditions = [_condition(key, value) for key, value in filter.items()]
     return " AND ".join(conditions) or None
 
 
@@ -123,7 +127,7 @@ class L2MDocumentIndex(DocumentIndex):
 
     def get(self, ids: Sequence[str], /, **kwargs: Any) -> list[Document]:
         """Give the documents of those ids that are there."""
-        return [Document(page_content=one.text, metadata=one.metadata, id=one.id) for one in self.collection.get(ids)]
+        return [given(text) for text in self.collection.get(ids)]
 
     def _get_relevant_documents(
         self, query: str, *, run_manager: CallbackManagerForRetrieverRun, **kwargs: Any

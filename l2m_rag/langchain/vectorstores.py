@@ -14,7 +14,7 @@ from langchain_core.vectorstores.utils import maximal_marginal_relevance
 from l2m_rag.collection import Collection
 from l2m_rag.collection import open as open_collection
 from l2m_rag.config import Settings
-from l2m_rag.langchain.documents import Filter, document_of, texts_of, where_of
+from l2m_rag.langchain.documents import Filter, document_of, given, texts_of, where_of
 from l2m_rag.langchain.embeddings import Adapted, L2MEmbeddings
 from l2m_rag.memory_tiers.long_term import Mode
 from l2m_rag.memory_tiers.records import Passage
@@ -132,7 +132,7 @@ class L2MVectorStore(VectorStore):
     # -- reading -----------------------------------------------------------------------------------------------------
     def get_by_ids(self, ids: Sequence[str], /) -> list[Document]:
         """Give the documents of those ids that are there."""
-        return [Document(page_content=one.text, metadata=one.metadata, id=one.id) for one in self.collection.get(ids)]
+        return [given(text) for text in self.collection.get(ids)]
 
     def similarity_search(
         self, query: str, k: int = 4, *, filter: Filter | None = None, mode: Mode = "hybrid", **kwargs: Any
