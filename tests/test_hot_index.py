@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from l2m_rag.errors import UsageError
@@ -42,8 +42,9 @@ def add(store: LanceStore, vectors: Vectors, first: int = 0) -> None:
 def brute_force(store: LanceStore, query: Vector, k: int, allowed: RowIds | None = None) -> list[int]:
     """Give the nearest rows by a product with the stored vectors, as fp16 has them; equals in order of their ids."""
     ids = store.row_ids() if allowed is None else allowed
-    scores = store.vectors(ids).astype(np.float16).astype(np.float64) @ query.astype(np.float64)
-    return [int(ids[row]) for row in np.lexsort((ids, -np.round(scores, 7)))[:k]]
+    # one sum a row, in the precision that is promised: a rounded score calls equal what differs by 5e-8
+    scores = np.einsum("ij,j->i", store.vectors(ids).astype(np.float16).astype(np.float32), query)
+    return [int(ids[row]) for row in np.lexsort((ids, -scores))[:k]]
 
 
 def found(index: HotIndex, query: Vector, k: int, allowed: RowIds | None = None) -> list[int]:
@@ -73,6 +74,7 @@ def folder(tmp_path: Path) -> Path:
 
 @settings(max_examples=10, deadline=None)
 @given(count=st.integers(0, 300), k=st.integers(1, 400), seed=st.integers(0, 99), copies=st.booleans())
+@example(count=299, k=63, seed=33, copies=False)  # the last two that come into question differ by 5e-8
 def test_the_search_is_brute_force_below_the_threshold(
     tmp_path_factory: pytest.TempPathFactory, count: int, k: int, seed: int, copies: bool
 ) -> None:
