@@ -40,7 +40,10 @@ if TYPE_CHECKING:
     from l2m_rag.memory_tiers.lance_store import Vectors
     from l2m_rag.memory_tiers.long_term import Fusion, LongTermTier, Mode
     from l2m_rag.memory_tiers.records import DocumentRow, Passage
+    from l2m_rag.memory_tiers.state_table import StateFormat
+    from l2m_rag.memory_tiers.states import StateTier
     from l2m_rag.memory_tiers.texts import Text
+    from l2m_rag.memory_tiers.usage import DiskPolicy
 
 PATIENCE = 30.0
 """Seconds for which `put` and `drop` wait for another writer."""
@@ -235,6 +238,16 @@ class Collection:
 
         return stored.get(self._newest(), ids) if self.exists() else []
 
+    def texts(self, where: str) -> list[Text]:
+        """Give all texts of a program that a filter keeps, in the order in which they came in.
+
+        Raises:
+            UsageError: the filter cannot be used.
+        """
+        from l2m_rag.memory_tiers import texts as stored
+
+        return stored.fitting(self._newest(), where) if self.exists() else []
+
     def drop(self, ids: Sequence[str]) -> list[str]:
         """Delete texts by id, for good; give the ids of those that were there.
 
@@ -247,6 +260,31 @@ class Collection:
             return []
         with self._turn():
             return stored.drop(self._newest(), ids)
+
+    @contextmanager
+    def states(
+        self, form: StateFormat, *, namespace: str = "default", policy: DiskPolicy = "lru"
+    ) -> Iterator[StateTier]:
+        """Give what the working memory of a model let go of, to read and to add to, within the setting `disk_budget`.
+
+        Other writers are kept out until the block ends; then all of it is on the disk.
+
+        Args:
+            form: what its records share; another one than they were made with is refused.
+            namespace: whose states; those of others are never seen.
+            policy: what goes when the budget is full: what was used longest ago, or what the router scored lowest.
+
+        Raises:
+            CollectionNotFound: there is no such collection.
+            IncompatibleError: the states were made with another format.
+            LockedError: another process is writing, and went on for `PATIENCE` seconds.
+            UsageError: the collection lies on object storage, or the budget is less than one record takes.
+        """
+        self._existing()
+        with self._turn():
+            budget = self.settings.disk_budget or None
+            with self._newest().states(form, namespace=namespace, disk_bytes=budget, policy=policy) as tier:
+                yield tier
 
     # -- out ---------------------------------------------------------------------------------------------------------
     def search(

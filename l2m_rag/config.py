@@ -179,6 +179,9 @@ class Settings:
     resolution: int = 1
     """Tokens of a passage that one position stands for when it is read: 1, 4 or 16; a reader must have learnt it."""
 
+    disk_budget: int = 0
+    """Bytes that the states of one namespace may take on the disk; what was used longest ago goes. 0 for no limit."""
+
     threads: int = 0
     """CPU threads; 0 for all."""
 
@@ -355,6 +358,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "focus": _at_least(1),
     "enough": (lambda p: 0 <= p <= 1, "between 0 and 1"),
     "resolution": (lambda ratio: ratio in (1, 4, 16), "1, 4 or 16"),
+    "disk_budget": _at_least(0),
     "threads": _at_least(0),
     "abstain_below": (lambda p: 0 <= p <= 1, "between 0 and 1"),
 }

@@ -20,7 +20,8 @@ from l2m_rag.memory_tiers.lance_store import RowIds, Scores, Vector, Vectors, to
 from l2m_rag.memory_tiers.long_term import CANDIDATES, Fusion, Mode, check_query, checked, fuse
 from l2m_rag.memory_tiers.records import Chunk, Passage
 from l2m_rag.memory_tiers.state_table import StateFormat
-from l2m_rag.memory_tiers.states import StateTier
+from l2m_rag.memory_tiers.states import HOT_BYTES, StateTier
+from l2m_rag.memory_tiers.usage import DiskPolicy
 
 _K1, _B = 1.2, 0.75  # of BM25, as Lance has them
 _WORD = re.compile(r"\w+")
@@ -106,11 +107,21 @@ class InMemoryTier:
     def compact(self) -> None:
         """Do nothing."""
 
-    def states(self, form: StateFormat, *, namespace: str = "default", disk_bytes: int | None = None) -> StateTier:
+    def states(
+        self,
+        form: StateFormat,
+        *,
+        namespace: str = "default",
+        hot_bytes: int = HOT_BYTES,
+        disk_bytes: int | None = None,
+        policy: DiskPolicy = "lru",
+    ) -> StateTier:
         """Give the states of a namespace; see `Tier.states`."""
         tier = self._states.get(namespace)
         if tier is None:
-            tier = self._states[namespace] = StateTier(form, namespace=namespace, disk_bytes=disk_bytes)
+            tier = self._states[namespace] = StateTier(
+                form, namespace=namespace, hot_bytes=hot_bytes, disk_bytes=disk_bytes, policy=policy
+            )
         if tier.form != form:
             raise IncompatibleError(f"the states of {namespace!r} were made with {tier.form}; this run has {form}")
         return tier

@@ -28,7 +28,8 @@ from l2m_rag.memory_tiers.lance_store import LanceStore, RowIds, Scores, Vector,
 from l2m_rag.memory_tiers.places import Place, Where, place_of
 from l2m_rag.memory_tiers.records import Chunk, DocumentRow, Passage
 from l2m_rag.memory_tiers.state_table import StateFormat, StateTable
-from l2m_rag.memory_tiers.states import StateTier
+from l2m_rag.memory_tiers.states import HOT_BYTES, StateTier
+from l2m_rag.memory_tiers.usage import DiskPolicy
 
 Mode = Literal["hybrid", "dense", "text"]
 Fusion = Literal["scores", "rrf"]
@@ -105,7 +106,15 @@ class Tier(Protocol):
     def compact(self) -> None:
         """Give back the room of what was deleted."""
 
-    def states(self, form: StateFormat, *, namespace: str = "default", disk_bytes: int | None = None) -> StateTier:
+    def states(
+        self,
+        form: StateFormat,
+        *,
+        namespace: str = "default",
+        hot_bytes: int = HOT_BYTES,
+        disk_bytes: int | None = None,
+        policy: DiskPolicy = "lru",
+    ) -> StateTier:
         """Give the states of a namespace, searched by key: what a model's working memory let go of."""
 
 
@@ -200,7 +209,15 @@ class LongTermTier:
         found = {chunk.id: chunk for chunk in self.store.chunks_named(ids)}
         return [found[one] for one in ids if one in found]
 
-    def states(self, form: StateFormat, *, namespace: str = "default", disk_bytes: int | None = None) -> StateTier:
+    def states(
+        self,
+        form: StateFormat,
+        *,
+        namespace: str = "default",
+        hot_bytes: int = HOT_BYTES,
+        disk_bytes: int | None = None,
+        policy: DiskPolicy = "lru",
+    ) -> StateTier:
         """Give the states of a namespace; see `StateTier`, and hold the writer's lock while it is open.
 
         Raises:
@@ -209,7 +226,14 @@ class LongTermTier:
             UsageError: the collection lies on object storage.
         """
         self.check_writable()
-        return StateTier(form, self._states_folder(), namespace=namespace, disk_bytes=disk_bytes)
+        return StateTier(
+            form,
+            self._states_folder(),
+            namespace=namespace,
+            hot_bytes=hot_bytes,
+            disk_bytes=disk_bytes,
+            policy=policy,
+        )
 
     def put_states(self, form: StateFormat, rows: pa.Table) -> None:
         """Insert the states of an export into a tier that has none.

@@ -28,6 +28,8 @@ SCHEMA = 1
 REMEDY = "Run: l2m collections repair. Delete that folder to have the states made again"
 _OBJECTS = 1024  # bytes that Python needs for a record beside its arrays, and for each of its tokens
 _TOKEN = 36
+FRAGMENTS = 64
+"""Files of a table of states from which on it is compacted; or when a tenth of its rows is deleted."""
 _ROW = 512  # bytes of the small columns of a row on the disk, and of its share in manifests
 _ARRAYS = ("steps", "positions", "lengths", "keys", "values", "scales")
 _STORED = ("step", "position", "length", "key", "values", "scales")  # the columns that hold them
@@ -275,6 +277,13 @@ class StateTable:
             self._table.optimize(cleanup_older_than=lance.FOR_EVER)
         with self._reads, self._committing():  # nothing goes before what stands for it has reached the disk
             self._table.optimize(cleanup_older_than=keep, delete_unverified=keep < timedelta(hours=1))
+
+    def scattered(self) -> bool:
+        """Say whether the files are so many, or so much of them is deleted, that a compaction is worth its while."""
+        stats = self._table.stats()
+        files = stats["fragment_stats"]
+        written = files["num_fragments"] * files["lengths"]["mean"]  # with the rows that are deleted
+        return bool(files["num_fragments"] > FRAGMENTS or 0.9 * written > stats["num_rows"])
 
     def _damaged(self) -> list[tuple[str, int]]:
         """Give namespace and number of the rows whose checksum does not fit."""

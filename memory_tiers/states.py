@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 RowMatrix = np.ndarray[tuple[int, int], np.dtype[np.int64]]
 
 GROUP = 1024  # rows in one commit
+HOT_BYTES = 256 << 20
+"""Of the states that are kept in RAM, at most, where nothing else is said."""
 _PART = 1 << 24  # scores held at once
 _IN_LIST = 500  # rows that a filter may list
 _UNIT = 0.01  # by which the length of a key may differ from 1; float16 rounds by far less
@@ -134,7 +136,7 @@ class StateTier:
         hot_bytes: most bytes of the hot set.
         disk_bytes: most bytes that the rows of the namespace may take on the disk, where files are for a while larger:
             when there would be more, rows go, down to nine tenths. None for no limit.
-        policy: which go, see `Usage.first_to_go`.
+        policy: which go, see `Usage.first_to_go`; adding counts as use.
 
     Raises:
         IncompatibleError: the folder was made with another format.
@@ -147,7 +149,7 @@ class StateTier:
         folder: Path | None = None,
         *,
         namespace: str = "default",
-        hot_bytes: int = 256 << 20,
+        hot_bytes: int = HOT_BYTES,
         disk_bytes: int | None = None,
         policy: DiskPolicy = "lru",
     ) -> None:
@@ -169,8 +171,8 @@ class StateTier:
         self._lance: dict[int, int] = {}  # Lance's row id of each committed row
         self._hot = _HotSet(hot_bytes)
         self._next = 0
-        self._room = None if disk_bytes is None else disk_bytes // form.row_bytes  # rows
         self._usage = None if disk_bytes is None else Usage(folder, namespace)
+        self.disk_bytes = disk_bytes
         self._compaction: Thread | None = None
         self._table = None if folder is None else StateTable(folder, form)
         if self._table is not None:
@@ -228,7 +230,7 @@ class StateTier:
         for stream, which in added.items():
             ends = rows.positions[which] + rows.lengths[which]
             self._stream(stream).append(numbers[which], ends, rows.keys[which])
-        full = len(self._fresh) >= GROUP or (self._room is not None and len(self) > self._room)
+        full = len(self._fresh) >= GROUP or self._surplus() > 0
         if full and not self.compacting:  # until then they stay in RAM: nobody waits for a compaction while decoding
             self.flush()
         return numbers
@@ -242,18 +244,21 @@ class StateTier:
         """Commit what was added, and wait until it has reached the disk; then let go of what has no room."""
         self._settled()
         self._commit()
-        if self._room is not None and len(self) > self._room:
-            gone = self._first_to_go(len(self) - self._room * 9 // 10)
-            self.displaced += self.evict(np.array(gone, dtype=np.int64))
-            if self._table is not None:
-                self._compaction = Thread(target=_compact, args=(self._table,), name="l2m-compaction")
-                self._compaction.start()
+        crowded = self._surplus() > 0
         if self._usage:
+            if crowded:
+                gone = self._usage.first_to_go(self._places, self.policy)[: self._surplus(0.9)]
+                self.displaced += self.evict(np.array(gone, dtype=np.int64))
             self._usage.save()
+        if self._table is not None and (crowded or self._table.scattered()):
+            # a budget does not wait for those who began to read an hour ago
+            keep = timedelta(hours=1) if self.disk_bytes is None else timedelta(milliseconds=1)
+            self._compaction = Thread(target=_compact, args=(self._table, keep), name="l2m-compaction")
+            self._compaction.start()
 
-    def _first_to_go(self, count: int) -> list[int]:
-        assert self._usage is not None
-        return self._usage.first_to_go(self._places, self.policy)[:count]
+    def _surplus(self, share: float = 1.0) -> int:
+        """Give by how many rows there are more than fit into a share of the budget."""
+        return 0 if self.disk_bytes is None else len(self) - int(share * (self.disk_bytes // self.form.row_bytes))
 
     def _settled(self) -> None:
         """Wait for the compaction."""
@@ -416,10 +421,10 @@ class StateTier:
         return self._streams.setdefault(name, _Stream(self.form.key_dim))
 
 
-def _compact(table: StateTable) -> None:
+def _compact(table: StateTable, keep: timedelta) -> None:
     """Make the files of a table smaller; one that cannot be made so is left as it is, with a warning."""
     try:
-        table.compact(keep=timedelta(milliseconds=1))
+        table.compact(keep)
     except Exception as error:  # whatever it is, nothing is lost, and no one waits for it
         logger.warning("the states in %s were not compacted: %s", table.folder, error)
 

@@ -69,6 +69,12 @@ def get(tier: LongTermTier, ids: Sequence[str]) -> list[Text]:
     return [text_of(chunk) for chunk in tier.fetch([PREFIX + one for one in dict.fromkeys(ids)])]
 
 
+def fitting(tier: LongTermTier, where: str) -> list[Text]:
+    """Give all texts that a filter keeps, in the order in which they came in."""
+    chunks = tier.store.fetch(tier.store.row_ids(where).tolist())
+    return [text_of(chunk) for chunk in chunks if is_text(chunk)]
+
+
 def drop(tier: LongTermTier, ids: Sequence[str]) -> list[str]:
     """Delete texts by id; give the ids of those that were there."""
     named = [PREFIX + one for one in dict.fromkeys(ids)]

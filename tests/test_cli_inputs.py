@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from typer.testing import CliRunner, Result
 
 import l2m_rag.config
 from l2m_rag.cli.main import app
+from l2m_rag.memory_tiers.disk import digest
+from l2m_rag.memory_tiers.places import writing
 
 ROOT = Path(l2m_rag.config.__file__).parents[1]
 MAIN = "import sys; sys.argv[0] = 'l2m'; from l2m_rag.cli.main import main; main()"
@@ -371,7 +374,6 @@ def test_a_folder_that_may_not_be_read_is_listed(inside: Callable[..., Result], 
 
 
 def test_two_writers_at_once_are_exit_code_11(inside: Callable[..., Result], tmp_path: Path) -> None:
-    from l2m_rag.memory_tiers.places import writing
 
     (tmp_path / "a.txt").write_text("A text.")
     with writing(tmp_path / "home" / "collections" / "x"):
@@ -415,3 +417,49 @@ def test_a_disk_that_takes_no_more_is_one_line(
         pytest.skip("no namespaces here")
     assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (1, "", 1), ran.stderr
     assert re.search(message, ran.stderr)
+
+
+@pytest.mark.parametrize(
+    ("what", "code", "told"),
+    [
+        ("path parts", 2, "must be 1 to 64 of"),
+        ("no manifest", 10, "there is no collection"),
+        ("locked", 11, "process"),
+        ("newer format", 12, "format 99"),
+        ("altered manifest", 13, "manifest"),
+        ("tables gone", 13, "cannot be opened"),
+    ],
+)
+def test_what_a_collection_cannot_be_used_for_has_an_exit_code_and_loses_nothing(
+    inside: Callable[..., Result], tmp_path: Path, what: str, code: int, told: str
+) -> None:
+    (tmp_path / "a.txt").write_text("The lease of the red house ends on 30 April 2029.")
+    assert inside("ingest", "a.txt", "-c", "x").exit_code == 0
+    folder = tmp_path / "home" / "collections" / "x"
+    manifest, tables = folder / "manifest.json", folder / "tables"
+    facts = manifest.read_bytes()
+    command = ["search", "lease", "-c", "x"]
+    with ExitStack() as stack:
+        if what == "path parts":
+            command[-1] = "../x"
+        elif what == "no manifest":
+            manifest.rename(tmp_path / "aside")
+        elif what == "locked":
+            command = ["ingest", "a.txt", "-c", "x"]
+            stack.enter_context(writing(folder))
+        elif what == "newer format":
+            newer = {**json.loads(facts), "format": 99}
+            newer.pop("digest")
+            manifest.write_text(json.dumps({**newer, "digest": digest(newer)}))
+        elif what == "altered manifest":
+            manifest.write_bytes(facts.replace(b'"dimension"', b'"dimensiom"'))
+        else:
+            tables.rename(tmp_path / "aside")
+        ran = inside(*command)
+    assert ran.exit_code == code, ran.output
+    assert told in ran.output
+    assert "Traceback" not in ran.output
+    if (tmp_path / "aside").exists():
+        (tmp_path / "aside").rename(manifest if what == "no manifest" else tables)
+    manifest.write_bytes(facts)
+    assert "30 April 2029" in inside("search", "lease", "-c", "x").output

@@ -24,6 +24,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from test_states import FORM, batch
 
 from l2m_rag import collection as library
 from l2m_rag import models
@@ -38,6 +39,7 @@ from l2m_rag.errors import (
     ModelError,
     UsageError,
 )
+from l2m_rag.memory_tiers.places import writing
 
 TEXTS = {
     "lease.txt": "The lease of the red house ends on 30 April 2029.\n\nThe tenant pays the rent each month.",
@@ -660,3 +662,22 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+# -- states of a model -------------------------------------------------------------------------------------------------
+def test_states_of_a_model_lie_in_the_collection_within_the_budget_of_the_settings(kb: Collection) -> None:
+    kb.settings = replace(kb.settings, disk_budget=10 * FORM.row_bytes)
+    with kb.states(FORM, namespace="ada") as states:
+        states.add(batch(12))
+        with pytest.raises(LockedError), writing(kb.path):
+            pass
+    with kb.states(FORM, namespace="ada") as states:
+        assert (len(states), states.disk_bytes) == (9, 10 * FORM.row_bytes)
+    with kb.states(FORM) as states:
+        assert len(states) == 0  # those of another are never seen
+    assert kb.verify().ok
+    kb.settings = replace(kb.settings, disk_budget=1)
+    with pytest.raises(UsageError, match="less than one record takes"), kb.states(FORM):
+        pass
+    with pytest.raises(CollectionNotFound), library.open("none", settings=kb.settings).states(FORM):
+        pass

@@ -20,7 +20,7 @@ from test_tier_contract import on_disk
 from l2m_rag.errors import CorruptError, DiskFullError, IncompatibleError, UsageError
 from l2m_rag.memory_tiers import archive
 from l2m_rag.memory_tiers.long_term import LongTermTier
-from l2m_rag.memory_tiers.state_table import StateFormat, StateTable
+from l2m_rag.memory_tiers.state_table import FRAGMENTS, StateFormat, StateTable
 from l2m_rag.memory_tiers.states import StateTier
 
 LARGE = replace(FORM, vectors=16, dim=64)  # rows so large that manifests are small beside them
@@ -150,6 +150,26 @@ def test_a_compaction_keeps_rows_and_gives_back_room(folder: Path) -> None:
         assert states.nbytes >= before  # what readers of an hour ago may be at is still there
         table.compact(timedelta(milliseconds=1))
         assert states.nbytes < 0.7 * before
+
+
+def test_without_a_budget_files_are_merged_once_there_are_many(folder: Path) -> None:
+    with StateTier(FORM, folder) as states:
+        for seed in range(FRAGMENTS + 6):
+            states.add(batch(2, f"s{seed}", seed=seed))
+            states.flush()
+    assert len(list((folder / "states.lance" / "_versions").glob("*.manifest"))) > FRAGMENTS
+    stats = StateTable(folder)._table.stats()
+    assert stats["fragment_stats"]["num_fragments"] < 10
+    assert (len(StateTier(FORM, folder)), StateTable(folder).verify()) == (2 * FRAGMENTS + 12, [])
+
+
+def test_without_a_budget_the_room_of_what_was_forgotten_is_given_back(folder: Path) -> None:
+    with StateTier(FORM, folder) as states:
+        states.add(batch(40))
+        states.flush()
+        states.evict(np.arange(20))
+    stats = StateTable(folder)._table.stats()
+    assert (stats["fragment_stats"]["lengths"]["max"], stats["num_rows"]) == (20, 20)
 
 
 @pytest.mark.parametrize("what", ["states", "chunks"])

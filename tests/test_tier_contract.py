@@ -22,6 +22,7 @@ from l2m_rag.memory_tiers.long_term import Fusion, LongTermTier, Manifest, Mode,
 from l2m_rag.memory_tiers.places import writing
 from l2m_rag.memory_tiers.records import Chunk
 from l2m_rag.memory_tiers.state_table import StateFormat, StateRows
+from l2m_rag.memory_tiers.usage import DiskPolicy
 
 DIMENSION = 16
 FORM = StateFormat(key_dim=8, dim=6, vectors=3, ratio=4, dtype="int8", backbone="b", depth=3, key_version="k")
@@ -200,6 +201,30 @@ def test_the_states_of_a_tier_are_searched_by_key(tier: Tier) -> None:
         tier.states(replace(FORM, depth=4), namespace="ada")
     tier.compact()
     assert tier.verify() == []
+
+
+@pytest.mark.parametrize(("policy", "left"), [("lru", [2]), ("learned", [1])])
+def test_states_go_by_the_policy_that_is_asked_for(tier: Tier, policy: DiskPolicy, left: list[int]) -> None:
+    made = StateRows(
+        streams=("a",) * 3,
+        steps=np.arange(3),
+        positions=np.arange(3) * 10,
+        lengths=np.full(3, 10, np.int32),
+        keys=np.eye(3, FORM.key_dim, dtype=np.float16),
+        values=np.zeros((3, 3, 6), np.int8),
+        scales=np.ones((3, 3), np.float32),
+        tokens=(),
+    )
+    room = 2 * FORM.row_bytes
+    with tier.states(FORM, disk_bytes=room + FORM.row_bytes // 2, policy=policy, hot_bytes=0) as states:
+        rows = states.add(made.take([0, 1]), np.array([0.1, 0.9], np.float32))
+        states.fetch(rows[:1])
+        rows = np.concatenate([rows, states.add(made.take([2]), np.array([0.5], np.float32))])
+        states.flush()
+        assert states.hot_nbytes == 0
+        there = states.search(np.ones((1, FORM.key_dim), np.float32), ["a"], np.array([100]), 3)[0]
+        assert states.displaced == 3 - len(left)
+        assert sorted(rows.tolist().index(row) for row in there[0] if row >= 0) == left
 
 
 def test_an_empty_tier_finds_nothing(tier: Tier) -> None:
