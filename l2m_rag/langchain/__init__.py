@@ -9,8 +9,18 @@ except ImportError:
 
 from l2m_rag.langchain.documents import L2MDocumentIndex
 from l2m_rag.langchain.embeddings import L2MEmbeddings
+from l2m_rag.langchain.histories import L2MChatMessageHistory
 from l2m_rag.langchain.loaders import L2MDocumentLoader
 from l2m_rag.langchain.retrievers import L2MRetriever
+from l2m_rag.langchain.toolkits import L2MToolkit
 from l2m_rag.langchain.vectorstores import L2MVectorStore
 
-__all__ = ["L2MDocumentIndex", "L2MDocumentLoader", "L2MEmbeddings", "L2MRetriever", "L2MVectorStore"]
+__all__ = [
+    "L2MChatMessageHistory",
+    "L2MDocumentIndex",
+    "L2MDocumentLoader",
+    "L2MEmbeddings",
+    "L2MRetriever",
+    "L2MToolkit",
+    "L2MVectorStore",
+]

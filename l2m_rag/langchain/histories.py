@@ -1,0 +1,136 @@
+"""Conversations as texts of a collection: in order for a prompt, and found again by meaning however long ago."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from langchain_core.chat_history import BaseChatMessageHistory
+from langchain_core.documents import Document
+from langchain_core.messages import BaseMessage, message_to_dict, messages_from_dict
+
+from l2m_rag.collection import Collection
+from l2m_rag.collection import open as open_collection
+from l2m_rag.config import Settings
+from l2m_rag.errors import UsageError
+from l2m_rag.langchain.documents import document_of, where_of
+from l2m_rag.memory_tiers.texts import Text
+
+_WHOLE = "message"  # key of the message as it was
+
+
+class L2MChatMessageHistory(BaseChatMessageHistory):
+    """The messages of one conversation, kept in a collection of the long-term tier.
+
+    Every message is a text of its own, so that `recall` finds it by meaning and words among all that were ever said,
+    and several programs can write to one conversation. What one conversation holds is never seen from another.
+
+    Setup:
+        pip install 'l2m-rag[langchain]'
+
+    Key init args:
+        session: name of the conversation, any text that is not empty.
+        collection: name of the collection that holds conversations, or a `Collection`.
+        last: how many messages `messages` gives at most, the newest; None for all.
+
+    Instantiate:
+        .. code-block:: python
+
+            from l2m_rag.langchain import L2MChatMessageHistory
+
+            history = L2MChatMessageHistory("ada", last=20)
+
+    Write:
+        .. code-block:: python
+
+            history.add_user_message("My sister Rosa has moved to Porto.")
+            history.add_ai_message("I will keep that in mind.")
+
+    Read:
+        .. code-block:: python
+
+            history.messages  # the last 20, oldest first
+
+    Recall:
+        .. code-block:: python
+
+            history.recall("Where does Rosa live?", k=3)  # documents with `said_at` in their metadata
+
+    Forget:
+        .. code-block:: python
+
+            history.forget([document.id])
+            history.clear()
+    """
+
+    def __init__(
+        self,
+        session: str,
+        collection: str | Collection = "conversations",
+        *,
+        last: int | None = None,
+        settings: Settings | None = None,
+    ) -> None:
+        if not isinstance(session, str) or not session:
+            raise UsageError(f"session ({session!r}) must be a string that is not empty")
+        if last is not None and last < 1:
+            raise UsageError(f"last ({last}) must be at least 1")
+        self.session = session
+        self.last = last
+        self.collection = open_collection(collection, settings=settings) if isinstance(collection, str) else collection
+
+    @property
+    def messages(self) -> list[BaseMessage]:  # type: ignore[override]  # a plain attribute there, read only here
+        """The messages as they were added, oldest first."""
+        texts = self._texts()
+        kept = texts if self.last is None else texts[-self.last :]
+        return messages_from_dict([text.metadata[_WHOLE] for text in kept])
+
+    def add_messages(self, messages: Sequence[BaseMessage]) -> None:
+        """Add messages behind those that are there, on the disk when this is over.
+
+        Raises:
+            UsageError: a message holds what JSON cannot; none was added.
+            LockedError: another process is writing to the collection, and went on for half a minute.
+        """
+        now = time.time_ns()
+        said_at = datetime.fromtimestamp(now / 1e9, UTC).isoformat(timespec="seconds")
+        self.collection.put(
+            [
+                Text(
+                    # in the order of time, whoever writes
+                    f"chat:{now:020d}:{number:06d}:{uuid.uuid4().hex}",
+                    f"{message.type}: {message.text}",
+                    {"chat": self.session, "by": message.type, "said_at": said_at, _WHOLE: message_to_dict(message)},
+                )
+                for number, message in enumerate(messages)
+            ]
+        )
+
+    def recall(self, query: str, k: int = 4) -> list[Document]:
+        """Give the messages of this conversation that fit a text best, best first, with when they were said."""
+        if not self.collection.exists():
+            return []
+        found = [document_of(passage.chunk) for passage in self.collection.search(query, k, where=self._mine)]
+        for document in found:
+            document.metadata.pop(_WHOLE, None)
+        return found
+
+    def forget(self, ids: Sequence[str]) -> list[str]:
+        """Delete messages of this conversation by id; give the ids of those that were there."""
+        ours = {text.id for text in self.collection.get(ids) if text.metadata.get("chat") == self.session}
+        return self.collection.drop([one for one in ids if one in ours])
+
+    def clear(self) -> None:
+        """Delete all messages of this conversation."""
+        self.collection.drop([text.id for text in self._texts()])
+
+    @property
+    def _mine(self) -> Any:
+        return where_of({"chat": self.session})
+
+    def _texts(self) -> list[Text]:
+        return sorted(self.collection.texts(self._mine), key=lambda text: text.id)
