@@ -247,7 +247,7 @@ class StateTier:
         crowded = self._surplus() > 0
         if self._usage:
             if crowded:
-                gone = self._usage.first_to_go(self._places, self.policy)[: self._surplus(0.9)]
+                gone = self._usage.first_to_go(self._places, self.policy)[: self._surplus(9)]
                 self.displaced += self.evict(np.array(gone, dtype=np.int64))
             self._usage.save()
         if self._table is not None and (crowded or self._table.scattered()):
@@ -256,9 +256,9 @@ class StateTier:
             self._compaction = Thread(target=_compact, args=(self._table, keep), name="l2m-compaction")
             self._compaction.start()
 
-    def _surplus(self, share: float = 1.0) -> int:
-        """Give by how many rows there are more than fit into a share of the budget."""
-        return 0 if self.disk_bytes is None else len(self) - int(share * (self.disk_bytes // self.form.row_bytes))
+    def _surplus(self, tenths: int = 10) -> int:
+        """Give by how many rows there are more than fit into some tenths of the budget."""
+        return 0 if self.disk_bytes is None else len(self) - self.disk_bytes // self.form.row_bytes * tenths // 10
 
     def _settled(self) -> None:
         """Wait for the compaction."""

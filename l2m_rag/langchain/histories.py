@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from typing import Any
 
 from langchain_core.chat_history import BaseChatMessageHistory
 from langchain_core.documents import Document
@@ -16,7 +14,7 @@ from l2m_rag.collection import Collection
 from l2m_rag.collection import open as open_collection
 from l2m_rag.config import Settings
 from l2m_rag.errors import UsageError
-from l2m_rag.langchain.documents import document_of, where_of
+from l2m_rag.langchain.owned import OwnedTexts
 from l2m_rag.memory_tiers.texts import Text
 
 _WHOLE = "message"  # key of the message as it was
@@ -81,11 +79,12 @@ class L2MChatMessageHistory(BaseChatMessageHistory):
         self.session = session
         self.last = last
         self.collection = open_collection(collection, settings=settings) if isinstance(collection, str) else collection
+        self._ours = OwnedTexts(self.collection, "chat", session)
 
     @property
     def messages(self) -> list[BaseMessage]:  # type: ignore[override]  # a plain attribute there, read only here
         """The messages as they were added, oldest first."""
-        texts = self._texts()
+        texts = sorted(self._ours.all(), key=lambda text: text.id)
         kept = texts if self.last is None else texts[-self.last :]
         return messages_from_dict([text.metadata[_WHOLE] for text in kept])
 
@@ -97,14 +96,14 @@ class L2MChatMessageHistory(BaseChatMessageHistory):
             LockedError: another process is writing to the collection, and went on for half a minute.
         """
         now = time.time_ns()
-        said_at = datetime.fromtimestamp(now / 1e9, UTC).isoformat(timespec="seconds")
+        facts = self._ours.facts(now / 1e9)
         self.collection.put(
             [
                 Text(
                     # in the order of time, whoever writes
                     f"chat:{now:020d}:{number:06d}:{uuid.uuid4().hex}",
                     f"{message.type}: {message.text}",
-                    {"chat": self.session, "by": message.type, "said_at": said_at, _WHOLE: message_to_dict(message)},
+                    {**facts, "by": message.type, _WHOLE: message_to_dict(message)},
                 )
                 for number, message in enumerate(messages)
             ]
@@ -112,25 +111,15 @@ class L2MChatMessageHistory(BaseChatMessageHistory):
 
     def recall(self, query: str, k: int = 4) -> list[Document]:
         """Give the messages of this conversation that fit a text best, best first, with when they were said."""
-        if not self.collection.exists():
-            return []
-        found = [document_of(passage.chunk) for passage in self.collection.search(query, k, where=self._mine)]
+        found = self._ours.recall(query, k)
         for document in found:
             document.metadata.pop(_WHOLE, None)
         return found
 
     def forget(self, ids: Sequence[str]) -> list[str]:
         """Delete messages of this conversation by id; give the ids of those that were there."""
-        ours = {text.id for text in self.collection.get(ids) if text.metadata.get("chat") == self.session}
-        return self.collection.drop([one for one in ids if one in ours])
+        return [text.id for text in self._ours.forget(ids)]
 
     def clear(self) -> None:
         """Delete all messages of this conversation."""
-        self.collection.drop([text.id for text in self._texts()])
-
-    @property
-    def _mine(self) -> Any:
-        return where_of({"chat": self.session})
-
-    def _texts(self) -> list[Text]:
-        return sorted(self.collection.texts(self._mine), key=lambda text: text.id)
+        self.collection.drop([text.id for text in self._ours.all()])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
+import time
 import uuid
 from collections.abc import Callable
-from datetime import UTC, datetime
 from typing import Annotated, Any, Self
 
 from langchain_core.documents import Document
@@ -15,7 +15,8 @@ from pydantic import ConfigDict, Field, model_validator
 from l2m_rag.collection import Collection
 from l2m_rag.collection import open as open_collection
 from l2m_rag.errors import L2MError, UsageError
-from l2m_rag.langchain.documents import document_of, where_of
+from l2m_rag.langchain.documents import document_of
+from l2m_rag.langchain.owned import OwnedTexts
 from l2m_rag.memory_tiers.texts import Text
 
 _MOST = 20  # passages or facts in one answer
@@ -82,7 +83,7 @@ class L2MToolkit(BaseToolkit):
         documents, memory = self.collection, self.memory
         assert isinstance(documents, Collection)
         assert isinstance(memory, Collection)
-        mine = where_of({"memory_of": self.user})
+        mine = OwnedTexts(memory, "memory_of", self.user)
 
         def search_documents(query: Query, k: Count = 5) -> tuple[str, list[Document]]:
             """Find passages of the documents by meaning and words; each begins with its document, and its page."""
@@ -105,10 +106,9 @@ class L2MToolkit(BaseToolkit):
             """Read a part of a document as it stands."""
             whole = documents.text(document)
             part = whole[start : start + length]
-            facts = {"document": document, "start": start, "end": start + len(part), "characters": len(whole)}
-            left = (
-                f"\n\n[{len(whole) - start - len(part):,} characters follow]" if start + len(part) < len(whole) else ""
-            )
+            end = start + len(part)
+            facts = {"document": document, "start": start, "end": end, "characters": len(whole)}
+            left = f"\n\n[{len(whole) - end:,} characters follow]" if end < len(whole) else ""
             return (part + left if part else f"The document ends at character {len(whole)}."), facts
 
         def remember(
@@ -116,14 +116,12 @@ class L2MToolkit(BaseToolkit):
         ) -> tuple[str, str]:
             """Keep a fact about the user for later conversations."""
             one = uuid.uuid4().hex
-            said_at = datetime.now(UTC).isoformat(timespec="seconds")
-            memory.put([Text(one, fact, {"memory_of": self.user, "said_at": said_at})])
+            memory.put([Text(one, fact, mine.facts(time.time()))])
             return f"Remembered as {one}.", one
 
         def recall(query: Query, k: Count = 5) -> tuple[str, list[Document]]:
             """Find what was remembered about the user, each with its id and when it was told."""
-            passages = memory.search(query, k, where=mine) if memory.exists() else []
-            found = [document_of(passage.chunk) for passage in passages]
+            found = mine.recall(query, k)
             lines = [f"{one.id} ({one.metadata['said_at']}): {one.page_content}" for one in found]
             return "\n".join(lines) or "Nothing is remembered of that.", found
 
@@ -131,10 +129,9 @@ class L2MToolkit(BaseToolkit):
             ids: Annotated[list[str], Field(description="Ids of what to forget, as recall gives them.")],
         ) -> tuple[str, list[str]]:
             """Delete what was remembered about the user, for good."""
-            ours = {one.id: one.text for one in memory.get(ids) if one.metadata.get("memory_of") == self.user}
-            gone = memory.drop(list(ours))
-            lines = [f"Forgotten: {ours[one]}" for one in gone]
-            return "\n".join(lines) or "Nothing of that is remembered.", gone
+            gone = mine.forget(ids)
+            lines = [f"Forgotten: {text.text}" for text in gone]
+            return "\n".join(lines) or "Nothing of that is remembered.", [text.id for text in gone]
 
         return [_tool(each) for each in (search_documents, ask_documents, read_document, remember, recall, forget)]
 
