@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from l2m_rag import qa
 from l2m_rag.config import LONGEST_QUESTION, Settings, check_name, load_settings
@@ -219,7 +219,45 @@ class Collection:
             tier = self._newest() if self.exists() else self._create()
             self._embedder()
             stored.put(tier, chunks, vectors)
-        self._loose += len(texts)
+        self._wrote(len(texts))
+
+    def amend(self, ids: Sequence[str], change: Callable[[Text], dict[str, Any] | None]) -> int:
+        """Give texts other metadata, or delete them, with no other writer in between; nothing is embedded anew.
+
+        Args:
+            ids: of the texts; those that are not there are passed over.
+            change: gives the metadata that a text shall have, or None to delete it.
+
+        Returns:
+            How many were changed or deleted.
+
+        Raises:
+            UsageError: metadata cannot be stored; nothing was written.
+            LockedError: another process is writing, and went on for `PATIENCE` seconds.
+        """
+        import numpy as np
+
+        from l2m_rag.memory_tiers import texts as stored
+
+        if not ids or not self.exists():
+            return 0
+        with self._turn():
+            tier = self._newest()
+            made = [(text, change(text)) for text in stored.get(tier, ids)]
+            gone = [text.id for text, facts in made if facts is None]
+            changed = [replace(text, metadata=facts) for text, facts in made if facts not in (None, text.metadata)]
+            chunks = stored.chunks_of(changed)
+            if chunks:
+                vectors = tier.store.vectors_named([chunk.id for chunk in chunks])
+                stored.put(tier, chunks, np.stack([vectors[chunk.id] for chunk in chunks]))
+            if gone:
+                stored.drop(tier, gone)
+        self._wrote(len(changed))
+        return len(changed) + len(gone)
+
+    def _wrote(self, texts: int) -> None:
+        """Count what was written, and have small files merged when it is much."""
+        self._loose += texts
         if self._loose >= TIDY_AFTER and not (self._tidying and self._tidying.is_alive()):
             self._loose = 0
             other = Collection(self.name, self.path, self.settings, self._given)  # with tables of its own

@@ -11,15 +11,19 @@ from l2m_rag.langchain.documents import L2MDocumentIndex
 from l2m_rag.langchain.embeddings import L2MEmbeddings
 from l2m_rag.langchain.histories import L2MChatMessageHistory
 from l2m_rag.langchain.loaders import L2MDocumentLoader
+from l2m_rag.langchain.records import L2MRecordManager
 from l2m_rag.langchain.retrievers import L2MRetriever
+from l2m_rag.langchain.stores import L2MByteStore
 from l2m_rag.langchain.toolkits import L2MToolkit
 from l2m_rag.langchain.vectorstores import L2MVectorStore
 
 __all__ = [
+    "L2MByteStore",
     "L2MChatMessageHistory",
     "L2MDocumentIndex",
     "L2MDocumentLoader",
     "L2MEmbeddings",
+    "L2MRecordManager",
     "L2MRetriever",
     "L2MToolkit",
     "L2MVectorStore",
