@@ -1,6 +1,11 @@
 """LangChain classes over the same collections as the command line (extra `langchain`)."""
 
+from typing import TYPE_CHECKING, Any
+
 from l2m_rag.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from l2m_rag.langchain.graph_stores import L2MStore as L2MStore
 
 try:
     import langchain_core  # noqa: F401 - only to say what is missing
@@ -28,3 +33,12 @@ __all__ = [
     "L2MToolkit",
     "L2MVectorStore",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # not in `__all__`, as the rest works without langgraph
+    if name == "L2MStore":
+        from l2m_rag.langchain.graph_stores import L2MStore
+
+        return L2MStore
+    raise AttributeError(f"module 'l2m_rag.langchain' has no attribute {name!r}")
