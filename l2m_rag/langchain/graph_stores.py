@@ -187,7 +187,7 @@ class L2MStore(BaseStore):
                 f"lists in place of tuples, and strings as names"
             )
         paths = self.fields if op.index is None else op.index
-        if isinstance(paths, str) or paths is True:
+        if isinstance(paths, str) or (isinstance(paths, bool) and paths):
             raise UsageError(
                 f"the index of {op.key!r} in {op.namespace} must be False or a list of paths; it is {paths!r}"
             )
