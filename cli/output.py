@@ -244,8 +244,9 @@ class AnswerStream:
         if answer.abstained:
             if self.shown:
                 say()
-            percent = round(100 * answer.answerable_probability)
-            say(f"The documents do not answer this (probability that they do: {percent} %).")
+            from l2m_rag.qa import abstention
+
+            say(abstention(answer))
         else:
             say("" if self.shown else answer.answer)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from l2m_rag import answerability
-from l2m_rag.errors import ModelError
+from l2m_rag.constrained import Grammars, Guide
+from l2m_rag.errors import ModelError, UsageError
 from l2m_rag.spans import LONGEST_SPAN, Quoted, Span, SpanFinder, seen
 
 if TYPE_CHECKING:
@@ -63,12 +65,50 @@ class Decoder:
             user: evidence and question.
             opening: first words of the reply.
         """
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+        return self._laid([("system", system), ("user", user)], opening)
+
+    def chat(self, turns: Sequence[tuple[str, str]], *, most: int, opening: str = "") -> list[int]:
+        """Give the tokens of a conversation that the model is to continue; they leave room for its reply in any case.
+
+        Turns before the last go first, those of the system last of all; then the longest texts are cut at their ends.
+
+        Args:
+            turns: (role, text), oldest first; a role is system, user or assistant.
+            most: tokens that the reply may have.
+            opening: first words of the reply.
+
+        Raises:
+            UsageError: the window is too small for a reply of that length.
+        """
+        room = self.window - max(most, LONGEST_SPAN)
+        kept = list(turns)
+        while len(ids := self._laid(kept, opening)) > room:
+            early = [at for at, (role, _) in enumerate(kept[:-1]) if role != "system"] or list(range(len(kept) - 1))
+            if early and len(kept) > 2:
+                del kept[early[0]]
+                continue
+            at = max(range(len(kept)), key=lambda at: self.count(kept[at][1]))
+            role, text = kept[at]
+            left = self.count(text) - (len(ids) - room)
+            if not text or left < 0:
+                raise UsageError(
+                    f"a reply of {most:,} tokens leaves no room in the window of {self.name}, {self.window:,}"
+                )
+            kept[at] = role, self.cut(text, left)
+        return ids
+
+    def _laid(self, turns: Sequence[tuple[str, str]], opening: str) -> list[int]:
         if self.tokenizer.chat_template:
+            messages = [{"role": role, "content": text} for role, text in turns]
             text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         else:
-            text = f"{system}\n\n{user}\n\n"
+            text = "".join(f"{text}\n\n" for _, text in turns)
         return self._ids(text + opening)
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """What a reply can be held to."""
+        return Grammars(self.tokenizer, int(self._model.config.vocab_size))
 
     def count(self, text: str) -> int:
         """Give the number of tokens of a text."""
@@ -83,16 +123,39 @@ class Decoder:
         """Write a reply to a prompt, as `write` does."""
         return self.write(self.prompt(system, user), most=most)
 
-    def write(self, prompt: Sequence[int], *, most: int = 256) -> Iterator[str]:
-        """Write freely (greedy), giving the text piece by piece as it comes; never half a character."""
+    def write(
+        self,
+        prompt: Sequence[int],
+        *,
+        most: int = 256,
+        guide: Guide | None = None,
+        temperature: float = 0.0,
+        seed: int | None = None,
+    ) -> Iterator[str]:
+        """Write a reply, giving the text piece by piece as it comes; never half a character.
+
+        Args:
+            prompt: tokens.
+            most: tokens that are written.
+            guide: what the reply is held to.
+            temperature: 0 takes the likeliest token each time; above, tokens are drawn.
+            seed: of what is drawn.
+        """
         import torch
 
         ids: list[int] = []
         shown = ""
+        drawn = torch.Generator()
+        drawn.manual_seed(seed) if seed is not None else drawn.seed()
         with torch.inference_mode():
             logits, cache = self._prefill(prompt)
-            for _ in range(most):
-                token = int(logits.argmax())
+            for _ in range(min(most, self.window - len(prompt))):
+                scores = guide.allowed(logits) if guide else logits
+                if temperature:
+                    shares = (scores.float().cpu() / temperature).softmax(-1)
+                    token = int(torch.multinomial(shares, 1, generator=drawn))
+                else:
+                    token = int(scores.argmax())
                 if token in self._eos:
                     break
                 ids.append(token)
@@ -100,6 +163,8 @@ class Decoder:
                 if not text.endswith("\N{REPLACEMENT CHARACTER}"):
                     yield text[len(shown) :]
                     shown = text
+                if guide and guide.take(token):
+                    break
                 out = self._model(input_ids=self._tensor([token]), cache=cache, use_cache=True)
                 logits = out.logits[0, -1]
 

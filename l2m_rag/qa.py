@@ -234,6 +234,12 @@ def _steps(hits: Sequence[Passage], read: Sequence[Sequence[Passage]], ratio: in
     ]
 
 
+def abstention(answer: Answer) -> str:
+    """Say in words that there is no answer."""
+    percent = round(100 * answer.answerable_probability)
+    return f"The documents do not answer this (probability that they do: {percent} %)."
+
+
 def check_question(question: str) -> None:
     """Refuse what cannot be a question.
 

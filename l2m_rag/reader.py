@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -101,8 +103,8 @@ class MemoryReader:
         self._finder = SpanFinder(self.tokenizer, {self._end})
         self._hot: OrderedDict[str, Tensor] = OrderedDict()
         self._hot_bytes, self._held = hot_bytes, 0
+        self._one = Lock()  # what is kept is shared by threads, as those of a batch of questions
         self._threads = threads
-        self._writer: Decoder | None = None
         fitted = folder / ANSWERABILITY
         self.answerability, self.prior = (
             answerability.load(fitted) if fitted.exists() else ({"bias": 0.0, "empty": -1.0}, {"bias": 0.0})
@@ -123,10 +125,13 @@ class MemoryReader:
         return text if len(encoded.ids) <= tokens else text[: encoded.offsets[tokens][0]]
 
     def reply(self, system: str, user: str, *, most: int) -> Iterator[str]:
-        """Write freely with the backbone as it was before it learnt to quote."""
-        if self._writer is None:
-            self._writer = Decoder(self._source, name=self.name, threads=self._threads, device=self.device)
-        return self._writer.reply(system, user, most=most)
+        """Write freely, as `writer` does."""
+        return self.writer.reply(system, user, most=most)
+
+    @cached_property
+    def writer(self) -> Decoder:
+        """The backbone as it was before it learnt to quote."""
+        return Decoder(self._source, name=self.name, threads=self._threads, device=self.device)
 
     @torch.inference_mode()
     def quote(self, question: str, passages: Sequence[str], *, best: int = 3) -> Quoted:
@@ -188,21 +193,25 @@ class MemoryReader:
 
     def _states(self, text: str) -> Tensor:
         """Give the lower states of a passage, (L, D), made when it is read for the first time."""
-        if text in self._hot:
-            self._hot.move_to_end(text)
-            return self._hot[text]
+        with self._one:
+            if text in self._hot:
+                self._hot.move_to_end(text)
+                return self._hot[text]
         made = self.model.backbone.lower(torch.tensor([self.ids(text)], device=self.device))[0]
-        self._hot[text] = made
-        self._held += made.numel() * made.element_size()
-        while self._held > self._hot_bytes and len(self._hot) > 1:
-            _, gone = self._hot.popitem(last=False)
-            self._held -= gone.numel() * gone.element_size()
+        with self._one:
+            if text not in self._hot:
+                self._hot[text] = made
+                self._held += made.numel() * made.element_size()
+            while self._held > self._hot_bytes and len(self._hot) > 1:
+                _, gone = self._hot.popitem(last=False)
+                self._held -= gone.numel() * gone.element_size()
         return made
 
     def forget(self) -> None:
         """Let go of all states that are kept."""
-        self._hot.clear()
-        self._held = 0
+        with self._one:
+            self._hot.clear()
+            self._held = 0
 
     def ids(self, text: str) -> list[int]:
         """Give the tokens of a text."""

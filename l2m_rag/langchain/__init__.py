@@ -12,6 +12,7 @@ try:
 except ImportError:
     raise MissingExtraError("langchain-core", "langchain") from None
 
+from l2m_rag.langchain.chat_models import ChatL2M
 from l2m_rag.langchain.documents import L2MDocumentIndex
 from l2m_rag.langchain.embeddings import L2MEmbeddings
 from l2m_rag.langchain.histories import L2MChatMessageHistory
@@ -23,6 +24,7 @@ from l2m_rag.langchain.toolkits import L2MToolkit
 from l2m_rag.langchain.vectorstores import L2MVectorStore
 
 __all__ = [
+    "ChatL2M",
     "L2MByteStore",
     "L2MChatMessageHistory",
     "L2MDocumentIndex",

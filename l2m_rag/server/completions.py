@@ -20,9 +20,9 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
 from l2m_rag.errors import CollectionNotFound, UsageError
-from l2m_rag.qa import Answer
+from l2m_rag.qa import Answer, abstention
 from l2m_rag.server.guard import Body
-from l2m_rag.server.library import Library, abstention
+from l2m_rag.server.library import Library
 from l2m_rag.server.streams import EventStream, event, unless_gone
 from l2m_rag.server.worker import OnText, Say, Worker
 

@@ -152,9 +152,3 @@ class Library:
 
     def _folder(self, name: str) -> Where:
         return l2m_rag.collection.open(name, settings=self.settings).path
-
-
-def abstention(answer: Answer) -> str:
-    """Say that there is no answer, as `l2m ask` does."""
-    percent = round(100 * answer.answerable_probability)
-    return f"The documents do not answer this (probability that they do: {percent} %)."

@@ -19,8 +19,8 @@ from l2m_rag import __version__
 from l2m_rag.config import Settings
 from l2m_rag.errors import L2MError
 from l2m_rag.memory_tiers.records import hits
-from l2m_rag.qa import Answer
-from l2m_rag.server.library import Library, abstention
+from l2m_rag.qa import Answer, abstention
+from l2m_rag.server.library import Library
 from l2m_rag.server.worker import OnText, Worker
 
 T = TypeVar("T")

@@ -1,0 +1,112 @@
+"""What a conversation says: its turns for a prompt, what was asked last, and what tools gave since then."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from langchain_core.documents import Document
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage, ToolMessage
+
+from l2m_rag.errors import UsageError
+from l2m_rag.memory_tiers.records import Chunk, Passage
+
+_UNREAD = ("image", "audio", "video", "file", "image_url", "input_audio", "document", "media")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The end of a conversation.
+
+    Args:
+        question: what the user said last; "" when nothing.
+        history: (said by the user, answered) before that, oldest first.
+        results: what tools gave since then, oldest first.
+    """
+
+    question: str
+    history: list[tuple[str, str]]
+    results: list[ToolMessage]
+
+
+def asked(messages: Sequence[BaseMessage]) -> Asked:
+    """Give what was asked last.
+
+    Raises:
+        UsageError: there is no message, or one holds something that is no text.
+    """
+    if not messages:
+        raise UsageError("there is no message to answer")
+    history: list[tuple[str, str]] = []
+    last = max((at for at, one in enumerate(messages) if isinstance(one, HumanMessage)), default=-1)
+    for message in messages[: max(last, 0)]:
+        if isinstance(message, HumanMessage):
+            history.append((said(message), ""))
+        elif isinstance(message, AIMessage) and history:
+            question, answer = history[-1]
+            history[-1] = (question, f"{answer}\n{said(message)}".strip())
+    results = [one for one in messages[last + 1 :] if isinstance(one, ToolMessage)]
+    return Asked(said(messages[last]) if last >= 0 else "", history, results)
+
+
+def said(message: BaseMessage) -> str:
+    """Give the text of a message.
+
+    Raises:
+        UsageError: it holds something else.
+    """
+    if not isinstance(message.content, str):
+        kinds = [str(block.get("type")) for block in message.content if isinstance(block, dict)]
+        other = [kind for kind in kinds if kind in _UNREAD]
+        if other:
+            raise UsageError(f"messages may hold text only, not {other[0]!r}")
+    return str(message.text)
+
+
+def turns(messages: Sequence[BaseMessage]) -> list[tuple[str, str]]:
+    """Give (role, text) of messages; what tools were asked and gave is told as text."""
+    told = []
+    for message in messages:
+        text = said(message)
+        if isinstance(message, AIMessage):
+            calls = [f"{call['name']}({json.dumps(call['args'], ensure_ascii=False)})" for call in message.tool_calls]
+            told.append(("assistant", "\n".join(filter(None, [text, *calls]))))
+        elif isinstance(message, ToolMessage):
+            told.append(("user", f"{message.name or 'The tool'} gave: {text}"))
+        else:
+            told.append(("system" if isinstance(message, SystemMessage) else "user", text))
+    return told
+
+
+def passages(results: Sequence[ToolMessage]) -> list[Passage]:
+    """Give what tools gave as passages to read: the documents of a search, else the paragraphs of its text."""
+    found = []
+    for number, result in enumerate(results):
+        documents = result.artifact if isinstance(result.artifact, list) else []
+        given = [one for one in documents if isinstance(one, Document)] or [
+            Document(paragraph, metadata={"source": result.name or "tool"}, id=f"{result.tool_call_id}:{at}")
+            for at, paragraph in enumerate(said(result).split("\n\n"))
+            if paragraph.strip()
+        ]
+        found += [_passage(document, number, at) for at, document in enumerate(given)]
+    return found
+
+
+def _passage(document: Document, number: int, at: int) -> Passage:
+    facts = document.metadata
+    start, page = facts.get("start"), facts.get("page")
+    start = start if isinstance(start, int) else 0
+    name = str(facts.get("source") or document.id or "")
+    text = document.page_content
+    made = Chunk(
+        document.id or f"{number}:{at}",
+        name,
+        at,
+        page if isinstance(page, int) else None,
+        str(facts.get("heading") or ""),
+        start,
+        start + len(text),
+        text,
+    )
+    return Passage(made, 1.0 / (1 + at))

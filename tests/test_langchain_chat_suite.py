@@ -1,0 +1,57 @@
+"""The standard suites of langchain-tests over ChatL2M with the default weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from langchain_core.language_models import BaseChatModel
+from langchain_tests.integration_tests import ChatModelIntegrationTests
+from langchain_tests.unit_tests import ChatModelUnitTests
+
+from l2m_rag.config import Settings
+from l2m_rag.langchain import ChatL2M
+from l2m_rag.weights import DEFAULT_DECODER, DEFAULT_EMBEDDER, verify
+
+WEIGHTS = all(verify(name, Settings()).state == "present" for name in (DEFAULT_DECODER, DEFAULT_EMBEDDER))
+
+
+class TestUnit(ChatModelUnitTests):
+    @property
+    def chat_model_class(self) -> type[BaseChatModel]:
+        return ChatL2M
+
+    @property
+    def chat_model_params(self) -> dict[str, Any]:
+        return {"settings": Settings(threads=1)}
+
+    @property
+    def supports_json_mode(self) -> bool:
+        return True
+
+    @property
+    def init_from_env_params(self) -> tuple[dict[str, str], dict[str, Any], dict[str, Any]]:
+        return {"L2M_MODEL": "/models/ours"}, {}, {"model_name": "/models/ours"}
+
+
+@pytest.mark.skipif(not WEIGHTS, reason="the default weights are not here: l2m models pull")
+class TestIntegration(ChatModelIntegrationTests):
+    @property
+    def chat_model_class(self) -> type[BaseChatModel]:
+        return ChatL2M
+
+    @property
+    def chat_model_params(self) -> dict[str, Any]:
+        return {"settings": Settings(threads=1), "max_tokens": 64}
+
+    @property
+    def supports_json_mode(self) -> bool:
+        return True
+
+    @property
+    def supports_model_override(self) -> bool:
+        return True
+
+    @property
+    def model_override_value(self) -> str:
+        return DEFAULT_DECODER
