@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _MOST_ITEMS = 8  # of a list whose schema does not say
 _SHORTEST = 40  # characters that a string may have in any case
+ASKED = ("question", "query")
+"""Arguments that are the message itself: what a search is told should not be less."""
 _FREE = ("enum", "const", "pattern", "format")  # what bounds a string by itself
 
 
@@ -63,7 +65,8 @@ class Grammars:
 
         Args:
             parameters: JSON schema of the arguments. Those that must be given are written; when none must, all are.
-            said: where texts are taken from. Strings that the schema bounds itself, and what lies deeper, are free.
+            said: where texts are taken from, all of it for a question. Strings that the schema bounds itself, and what
+                lies deeper, are free.
 
         Raises:
             UsageError: there is something in the schema that cannot be held to.
@@ -76,7 +79,10 @@ class Grammars:
         for number, name in enumerate(needed):
             of = properties[name]
             members.append(f"{json.dumps((', ' if number else '') + json.dumps(name) + ': ')} v{number}")
-            if said and of.get("type") == "string" and not any(key in of for key in _FREE):
+            copied = said and of.get("type") == "string" and not any(key in of for key in _FREE)
+            if copied and name in ASKED:
+                rules.append(f"v{number}: {json.dumps(json.dumps(said, ensure_ascii=False), ensure_ascii=False)}")
+            elif copied:
                 words = json.dumps({"substring_words": json.dumps(said, ensure_ascii=False)[1:-1]})
                 rules += [f'v{number}: "\\"" w{number} "\\""', f"w{number}: %regex {words}"]
             else:

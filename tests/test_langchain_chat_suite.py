@@ -23,7 +23,7 @@ class TestUnit(ChatModelUnitTests):
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        return {"settings": Settings(threads=1)}
+        return {"model": "default"}
 
     @property
     def supports_json_mode(self) -> bool:
@@ -46,6 +46,10 @@ class TestIntegration(ChatModelIntegrationTests):
 
     @property
     def supports_json_mode(self) -> bool:
+        return True
+
+    @property
+    def supports_anthropic_inputs(self) -> bool:
         return True
 
     @property

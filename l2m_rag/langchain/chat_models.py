@@ -6,7 +6,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Self
 
@@ -14,7 +14,6 @@ from langchain_core.callbacks import CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput, ModelProfile
 from langchain_core.language_models.chat_models import generate_from_stream
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
-from langchain_core.messages.content import create_citation
 from langchain_core.messages.tool import tool_call_chunk
 from langchain_core.output_parsers import JsonOutputParser, PydanticOutputParser
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
@@ -31,7 +30,7 @@ from l2m_rag.config import Settings, load_settings
 from l2m_rag.constrained import Guide
 from l2m_rag.errors import ModelError, UsageError
 from l2m_rag.generate import Decoder
-from l2m_rag.langchain.messages import Asked, asked, passages, turns
+from l2m_rag.langchain.messages import Asked, asked, citation, documents_of, passages, told, turns
 from l2m_rag.langchain.pieces import block, last, pieces_of, until, usage
 from l2m_rag.langchain.tool_choice import choose
 from l2m_rag.memory_tiers.records import Passage
@@ -119,7 +118,7 @@ class ChatL2M(BaseChatModel):
     api_key: SecretStr | None = None
     """Taken as other chat models take it; the setting `llm_key` is the token of an endpoint."""
     seed: int | None = None
-    settings: Settings | None = None
+    settings: Settings | None = Field(default=None, exclude=True)
 
     @model_validator(mode="after")
     def _open(self) -> Self:
@@ -262,8 +261,10 @@ class ChatL2M(BaseChatModel):
         elif schema is not None:
             writer = self._writer(settings)
             guide = writer.grammars.json(schema, 3 * self.max_tokens)
-            told = [("system", _SHAPE.format(schema=json.dumps(schema))), *turns(messages)]
-            yield from self._written(writer, writer.chat(told, most=self.max_tokens), [], settings, guide)
+            shape = ("system", _SHAPE.format(schema=json.dumps(schema)))
+            yield from self._written(
+                writer, writer.chat([shape, *turns(messages)], most=self.max_tokens), [], settings, guide
+            )
         elif said.results:
             yield from self._told(said, stops, settings)
         elif isinstance(self.collection, Collection):
@@ -296,7 +297,7 @@ class ChatL2M(BaseChatModel):
         opening = f'{{"name": {json.dumps(tool["name"])}, "arguments": '
         prompt = writer.chat([("system", system), ("user", text)], most=self.max_tokens, opening=opening)
         pieces = list(writer.write(prompt, most=self.max_tokens, guide=writer.grammars.call(parameters, text)))
-        arguments = "".join(pieces)
+        arguments = _stripped("".join(pieces))
         made = tool_call_chunk(name=tool["name"], args=arguments, id=f"call_{uuid.uuid4().hex[:24]}", index=0)
         return AIMessageChunk(
             content="",
@@ -307,17 +308,17 @@ class ChatL2M(BaseChatModel):
         )
 
     def _told(self, said: Asked, stops: Sequence[str], settings: Settings) -> Iterator[AIMessageChunk]:
-        """Answer from what tools gave: a short text as it stands, else what is read in it."""
+        """Answer from what tools gave: a question from what is read in it, anything else with it as it stands."""
         failed = [result for result in said.results if result.status == "error"]
         given = [result for result in said.results if result.status != "error"]
-        texts = [str(result.text).strip() for result in given or failed]
-        short = sum(map(len, texts)) <= _SHORT and not any(isinstance(one.artifact, list) for one in given)
-        if not given or short or not said.question.rstrip().endswith("?"):
-            text = "".join(until(["\n".join(texts) or "The tool gave nothing."], stops))
-            names = [result.name or "tool" for result in given]
-            cited = [create_citation(title=name, cited_text=part) for name, part in zip(names, texts, strict=False)]
-            yield block(text)
-            yield block("", cited, usage_metadata=usage(0, 0), **last(settings.model, "stop"))
+        short = sum(len(result.text) for result in given) <= _SHORT and not any(map(documents_of, given))
+        answered = any(isinstance(result.artifact, dict) for result in given)
+        if not given or short or answered or not said.question.rstrip().endswith("?"):
+            shown, cited = zip(*map(told, given or failed), strict=True)
+            yield block("".join(until(["\n".join(shown)], stops)))
+            yield block(
+                "", [one for each in cited for one in each], usage_metadata=usage(0, 0), **last(settings.model, "stop")
+            )
             return
         found = passages(given)
         closeness = partial(_closeness, settings)
@@ -355,23 +356,11 @@ class ChatL2M(BaseChatModel):
         if answer.abstained:
             yield block(("\n\n" if text else "") + qa.abstention(answer))
         verbatim = answer.answer_type == "span"  # of a free answer it is not known what rests on which passage
-        cited = [
-            create_citation(
-                title=one.document,
-                cited_text=one.quote,
-                start_index=0 if verbatim else None,
-                end_index=len(text) if verbatim else None,
-                document=one.document,
-                page=one.page,
-                start=one.start,
-                end=one.end,
-                score=one.score,
-            )
-            for one in answer.citations
-        ]
-        told = {"abstained": answer.abstained, "answerable_probability": answer.answerable_probability}
+        where = (0, len(text)) if verbatim else (None, None)
+        cited = [citation(asdict(one), *where) for one in answer.citations]
+        more = {"abstained": answer.abstained, "answerable_probability": answer.answerable_probability}
         used = usage(answer.tokens["prompt"], answer.tokens["generated"])
-        yield block("", cited, usage_metadata=used, **last(settings.model, "stop", **told))
+        yield block("", cited, usage_metadata=used, **last(settings.model, "stop", **more))
 
     def _written(
         self, writer: Decoder, prompt: list[int], stops: Sequence[str], settings: Settings, guide: Guide | None = None
@@ -431,6 +420,16 @@ def _schema(response_format: Any) -> Mapping[str, Any] | None:
         schema: Mapping[str, Any] = response_format["json_schema"]["schema"]
         return schema
     raise UsageError(f"response_format ({response_format.get('type')!r}) must be json_schema or json_object")
+
+
+def _stripped(arguments: str) -> str:
+    """Give arguments without the spaces around what was copied; those that were cut short as they are."""
+    try:
+        read = json.loads(arguments)
+    except ValueError:
+        return arguments
+    stripped = {name: value.strip() if isinstance(value, str) else value for name, value in read.items()}
+    return json.dumps(stripped, ensure_ascii=False)
 
 
 def _closeness(settings: Settings, text: str, others: Sequence[str]) -> list[float]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from langchain_core.documents import Document
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.messages.content import Citation, create_citation
 
 from l2m_rag.errors import UsageError
 from l2m_rag.memory_tiers.records import Chunk, Passage
@@ -79,12 +81,41 @@ def turns(messages: Sequence[BaseMessage]) -> list[tuple[str, str]]:
     return told
 
 
+def documents_of(result: ToolMessage) -> list[Document]:
+    """Give the documents that a tool found, if it is one that finds documents."""
+    found = result.artifact if isinstance(result.artifact, list) else []
+    return [one for one in found if isinstance(one, Document)]
+
+
+def told(result: ToolMessage) -> tuple[str, list[Citation]]:
+    """Give what a tool gave as the text of a reply, and what it cites."""
+    if isinstance(result.artifact, dict) and result.artifact.get("citations"):  # an answer of `ask_documents`
+        cited = [citation(one) for one in result.artifact["citations"]]
+        return str(result.artifact["answer"]), cited
+    cited = [
+        create_citation(title=str(one.metadata.get("source") or one.id or ""), cited_text=one.page_content)
+        for one in documents_of(result)
+    ]
+    return said(result).strip(), cited
+
+
+def citation(one: Mapping[str, Any], start: int | None = None, end: int | None = None) -> Citation:
+    """Give a citation of this library as one of LangChain.
+
+    Args:
+        one: fields of `l2m_rag.qa.Citation`.
+        start: character of the reply from which on it rests on this.
+        end: character just behind it.
+    """
+    where = {key: one[key] for key in ("document", "page", "start", "end", "score")}
+    return create_citation(title=one["document"], cited_text=one["quote"], start_index=start, end_index=end, **where)
+
+
 def passages(results: Sequence[ToolMessage]) -> list[Passage]:
     """Give what tools gave as passages to read: the documents of a search, else the paragraphs of its text."""
     found = []
     for number, result in enumerate(results):
-        documents = result.artifact if isinstance(result.artifact, list) else []
-        given = [one for one in documents if isinstance(one, Document)] or [
+        given = documents_of(result) or [
             Document(paragraph, metadata={"source": result.name or "tool"}, id=f"{result.tool_call_id}:{at}")
             for at, paragraph in enumerate(said(result).split("\n\n"))
             if paragraph.strip()

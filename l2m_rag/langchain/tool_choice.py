@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from l2m_rag.constrained import ASKED
 from l2m_rag.errors import UsageError
 
 Closeness = Callable[[str, Sequence[str]], Sequence[float]]
@@ -64,4 +65,4 @@ def _fits(message: str, tools: Sequence[Mapping[str, Any]], closeness: Closeness
 
 def _takes(message: str, tool: Mapping[str, Any]) -> bool:
     names = tool.get("parameters", {}).get("properties", {})
-    return message.rstrip().endswith("?") and ("question" in names or "query" in names)
+    return message.rstrip().endswith("?") and any(name in names for name in ASKED)
