@@ -75,6 +75,23 @@ def test_what_was_said_is_found_again_with_its_date(kb: Collection) -> None:
     assert "Porto" not in str(history(kb).recall("Rosa Porto sister", k=50)[0].page_content)
 
 
+def test_a_conversation_of_another_time_is_kept_with_its_names_and_dates(kb: Collection) -> None:
+    history(kb).add_user_message("Said today.")
+    may = 1683554160.0  # 2023-05-08 13:56 UTC
+    told = [HumanMessage(f"Line {number}.", name="Caroline") for number in range(5)]
+    history(kb).add_messages([HumanMessage("I paint.", name="Melanie")], at=may + 3600)
+    for message in told:  # all of one time, in calls of their own
+        history(kb).add_messages([message], at=may)
+    said = [message.text for message in history(kb).messages]
+    assert said == [*(message.text for message in told), "I paint.", "Said today."]
+    (best,) = history(kb).recall("Melanie: I paint", k=1)
+    assert best.page_content == "Melanie: I paint."
+    assert best.metadata["said_at"] == "2023-05-08T14:56:00+00:00"
+    for wrong in (-1.0, float("nan"), 1e18):
+        with pytest.raises(UsageError, match="must be a time"):
+            history(kb).add_messages(told, at=wrong)
+
+
 STRANGE = ["ada", "bob", "ad", "ADA", "ada' OR '1' = '1", "%", "a%", "ü", 'a"b', "x' --", " ", "chat:0"]
 
 

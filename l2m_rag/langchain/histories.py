@@ -18,6 +18,7 @@ from l2m_rag.langchain.owned import OwnedTexts
 from l2m_rag.memory_tiers.texts import Text
 
 _WHOLE = "message"  # key of the message as it was
+_YEAR_10000 = 253_402_300_800  # in seconds since 1970; no date is written from there on
 
 
 class L2MChatMessageHistory(BaseChatMessageHistory):
@@ -88,21 +89,29 @@ class L2MChatMessageHistory(BaseChatMessageHistory):
         kept = texts if self.last is None else texts[-self.last :]
         return messages_from_dict([text.metadata[_WHOLE] for text in kept])
 
-    def add_messages(self, messages: Sequence[BaseMessage]) -> None:
+    def add_messages(self, messages: Sequence[BaseMessage], at: float | None = None) -> None:
         """Add messages behind those that are there, on the disk when this is over.
 
+        Args:
+            messages: who speaks is found with what is said: the name of a message, or its type where it has none.
+            at: when they were said, in seconds since 1970, for a conversation of another time; None for now. Messages
+                stand in the order of time, and those of one time in the order in which they were added.
+
         Raises:
-            UsageError: a message holds what JSON cannot; none was added.
+            UsageError: a message holds what JSON cannot, or there is no such time; none was added.
             LockedError: another process is writing to the collection, and went on for half a minute.
         """
         now = time.time_ns()
-        facts = self._ours.facts(now / 1e9)
+        if at is not None and not 0 <= at < _YEAR_10000:
+            raise UsageError(f"at ({at}) must be a time in seconds since 1970")
+        said = now if at is None else int(at * 1e9)
+        facts = self._ours.facts(said / 1e9)
         self.collection.put(
             [
                 Text(
                     # in the order of time, whoever writes
-                    f"chat:{now:020d}:{number:06d}:{uuid.uuid4().hex}",
-                    f"{message.type}: {message.text}",
+                    f"chat:{said:020d}:{now:020d}:{number:06d}:{uuid.uuid4().hex}",
+                    f"{message.name or message.type}: {message.text}",
                     {**facts, "by": message.type, _WHOLE: message_to_dict(message)},
                 )
                 for number, message in enumerate(messages)
