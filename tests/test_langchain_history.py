@@ -87,6 +87,12 @@ def test_a_conversation_of_another_time_is_kept_with_its_names_and_dates(kb: Col
     (best,) = history(kb).recall("Melanie: I paint", k=1)
     assert best.page_content == "Melanie: I paint."
     assert best.metadata["said_at"] == "2023-05-08T14:56:00+00:00"
+    (best,) = history(kb).recall("Melanie: I paint", k=1, around=1)
+    before, here, behind = best.page_content.split("\n")
+    assert (before, here) == ("[8 May 2023] Caroline: Line 4.", "[8 May 2023] Melanie: I paint.")
+    assert behind.endswith("] human: Said today.")
+    (first,) = history(kb).recall("Caroline: Line 0", k=1, around=1)
+    assert first.page_content == "[8 May 2023] Caroline: Line 0.\n[8 May 2023] Caroline: Line 1."
     for wrong in (-1.0, float("nan"), 1e18):
         with pytest.raises(UsageError, match="must be a time"):
             history(kb).add_messages(told, at=wrong)

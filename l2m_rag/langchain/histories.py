@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
+from datetime import datetime
 
 from langchain_core.chat_history import BaseChatMessageHistory
 from langchain_core.documents import Document
@@ -57,6 +58,7 @@ class L2MChatMessageHistory(BaseChatMessageHistory):
         .. code-block:: python
 
             history.recall("Where does Rosa live?", k=3)  # documents with `said_at` in their metadata
+            history.recall("Where does Rosa live?", k=3, around=1)  # what was said before and behind it, too
 
     Forget:
         .. code-block:: python
@@ -118,11 +120,24 @@ class L2MChatMessageHistory(BaseChatMessageHistory):
             ]
         )
 
-    def recall(self, query: str, k: int = 4) -> list[Document]:
-        """Give the messages of this conversation that fit a text best, best first, with when they were said."""
+    def recall(self, query: str, k: int = 4, around: int = 0) -> list[Document]:
+        """Give the messages of this conversation that fit a text best, best first, with when they were said.
+
+        Args:
+            query: what to look for.
+            k: most messages that are found.
+            around: messages before and behind each that are given with it, a line each that begins with its day; for
+                them the whole conversation is read.
+        """
         found = self._ours.recall(query, k)
+        texts = sorted(self._ours.all(), key=lambda text: text.id) if found and around else []
+        place = {text.id: number for number, text in enumerate(texts)}
         for document in found:
             document.metadata.pop(_WHOLE, None)
+            if document.id in place:
+                here = place[document.id]
+                near = texts[max(0, here - around) : here + around + 1]
+                document.page_content = "\n".join(_dated(text) for text in near)
         return found
 
     def forget(self, ids: Sequence[str]) -> list[str]:
@@ -132,3 +147,8 @@ class L2MChatMessageHistory(BaseChatMessageHistory):
     def clear(self) -> None:
         """Delete all messages of this conversation."""
         self.collection.drop([text.id for text in self._ours.all()])
+
+
+def _dated(text: Text) -> str:
+    day = datetime.fromisoformat(text.metadata["said_at"])
+    return f"[{day.day} {day:%B %Y}] {text.text}"
