@@ -31,10 +31,10 @@ from l2m_rag.langchain import L2MChatMessageHistory, L2MEmbeddings
 from l2m_rag.memory_tiers.records import Chunk, Passage
 from l2m_rag.models import load_embedder, load_language_model
 
-OURS, AROUND, STORE = "L2MChatMessageHistory", "the same, around=1", "InMemoryVectorStore"
+OURS, AROUND = "L2MChatMessageHistory", "the same, around=1"
+STORE, BESIDE = "InMemoryVectorStore", "the same, neighbours added"
 K, DEPTHS = 10, (1, 5, 10)
 PASSAGE = 256  # tokens; a window is read in pieces of whole turns that are no longer, as the reader has learnt
-READ = 2048  # tokens; a longer window is only looked into, as reading it takes a minute a question
 
 Found = list[tuple[list[str], str]]
 """What was found, best first: ids of turns, and the text that is read."""
@@ -42,10 +42,11 @@ Found = list[tuple[list[str], str]]
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """A way of finding turns: by rank, or all that a window of so many tokens holds."""
+    """A way of finding turns: by rank, or all that a window of so many tokens holds; is what it finds read, too?"""
 
     find: Callable[[str], Found]
     window: int = 0
+    read: bool = True
 
 
 # -- ways --------------------------------------------------------------------------------------------------------------
@@ -66,19 +67,25 @@ def ways(talk: Talk, kb: Collection, count: Callable[[str], int], windows: Seque
     def ours(query: str) -> Found:
         return alone(place[document.id or ""] for document in history.recall(query, K))
 
+    def near(at: int) -> list[str]:
+        return [turn.id for turn in turns[max(0, at - 1) : at + 2]]
+
     def around(query: str) -> Found:
-        found = [(place[document.id or ""], document.page_content) for document in history.recall(query, K, around=1)]
-        return [([turn.id for turn in turns[max(0, at - 1) : at + 2]], text) for at, text in found]
+        found = history.recall(query, K, around=1)
+        return [(near(place[document.id or ""]), document.page_content) for document in found]
 
     def vectors(query: str) -> Found:
         return alone(int(document.id or "") for document in store.similarity_search(query, K))
 
-    made = {OURS: Way(ours), AROUND: Way(around), STORE: Way(vectors)}
+    def beside(query: str) -> Found:
+        return [(near(int(document.id or "")), "") for document in store.similarity_search(query, K)]
+
+    made = {OURS: Way(ours), AROUND: Way(around), STORE: Way(vectors), BESIDE: Way(beside, read=False)}
     costs = [count(line(turn)) for turn in turns]
     for window in windows:
         pieces = pieces_of(costs, newest_of(costs, window), PASSAGE)
         newest = [([turns[at].id for at in piece], "\n".join(line(turns[at]) for at in piece)) for piece in pieces]
-        made[f"newest {window:,} tokens"] = Way(partial(_all, newest), window)
+        made[f"newest {window:,} tokens"] = Way(partial(_all, newest), window, read=window <= 2048)
     return made
 
 
@@ -190,7 +197,7 @@ def measure(
                     scores = {}
                     for k in DEPTHS if one.evidence else ():
                         scores[f"recall@{k}"] = recalled(found, one.evidence, None if way.window else k)
-                    if id(one) in read and way.window <= READ:
+                    if id(one) in read and way.read:
                         evidence = found if way.window else found[: settings.passages]
                         scores |= _scores(one, reader.answer(one.text, evidence), settings.abstain_below)
                     for measured, value in scores.items():
@@ -235,7 +242,7 @@ def plot(values: Values, path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(6, 3.2), layout="constrained")
     for way, measures in values.items():
-        if way == AROUND:
+        if way in (AROUND, BESIDE):
             continue
         by = measures["recall@10"]
         ages = sorted(by, key=lambda age: int(age.split("-")[0]))
