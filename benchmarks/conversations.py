@@ -2,7 +2,7 @@
 
 pip install -e '.[eval,langchain,train]'
 python benchmarks/conversations.py memorybank --plot docs/images/memory-by-age.png
-python benchmarks/conversations.py locomo --answers
+python benchmarks/conversations.py locomo --answers 60
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ def ways(talk: Talk, kb: Collection, count: Callable[[str], int], windows: Seque
         history.add_messages([_message(turn) for turn in told], at=at.timestamp())
     turns = talk.turns
     stored = sorted(kb.texts(f"metadata.chat = '{talk.name}'"), key=lambda text: text.id)
+    assert [text.text for text in stored] == [f"{turn.by}: {turn.text}" for turn in turns]  # in the same order
     place = {text.id: number for number, text in enumerate(stored)}
     store = InMemoryVectorStore(L2MEmbeddings(settings=kb.settings))
     store.add_texts([text.text for text in stored], ids=[str(number) for number in range(len(stored))])
