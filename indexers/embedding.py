@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from l2m_rag.errors import ConfigError, ModelError
 if TYPE_CHECKING:
     import torch
 
+LOADING = RLock()
+"""Held while a model is loaded: transformers sets torch's default dtype meanwhile, for all threads."""
 Vectors = np.ndarray[tuple[int, int], np.dtype[np.float32]]
 Span = tuple[int, int]
 
@@ -58,9 +61,10 @@ class Embedder:
         self.source = str(source)
         self.dtype = ("bfloat16" if computes_bf16(device) else "float32") if dtype == "auto" else dtype
         try:
-            self._model: Any = SentenceTransformer(
-                self.source, device=device, model_kwargs={"dtype": getattr(torch, self.dtype)}
-            )
+            with LOADING:
+                self._model: Any = SentenceTransformer(
+                    self.source, device=device, model_kwargs={"dtype": getattr(torch, self.dtype)}
+                )
         except Exception as error:  # whatever a hub client, a config or a weight file can throw
             raise ModelError(f"embedder {name!r} could not be loaded from {source}: {error}") from error
         self._model.eval()

@@ -37,7 +37,7 @@ class Decoder:
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
 
-        from l2m_rag.indexers.embedding import computes_bf16
+        from l2m_rag.indexers.embedding import LOADING, computes_bf16
 
         logging.disable_progress_bar()
         if threads:
@@ -46,7 +46,8 @@ class Decoder:
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if computes_bf16(self.device) else torch.float32
         try:
-            self._model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(self.device).eval()
+            with LOADING:
+                self._model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(self.device).eval()
             self.tokenizer: Any = AutoTokenizer.from_pretrained(source)
         except Exception as error:  # whatever a hub client, a config or a weight file can throw
             raise ModelError(f"model {name!r} could not be loaded from {source}: {error}") from error

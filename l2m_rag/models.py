@@ -6,6 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from l2m_rag.indexers.embedding import LOADING
 from l2m_rag.weights import DEFAULT_DECODER, DEFAULT_EMBEDDER, find
 
 if TYPE_CHECKING:
@@ -17,14 +18,20 @@ if TYPE_CHECKING:
 
 
 def load_embedder(settings: Settings) -> Embedder:
-    """Give the embedder that the settings name, loaded once."""
-    if settings.embedder == "default":
-        return _load_embedder(str(find(DEFAULT_EMBEDDER, settings)), DEFAULT_EMBEDDER, settings.threads)
-    return _load_embedder(settings.embedder, settings.embedder, settings.threads)
+    """Give the embedder that the settings name, loaded once, whichever threads ask for it."""
+    with LOADING:
+        if settings.embedder == "default":
+            return _load_embedder(str(find(DEFAULT_EMBEDDER, settings)), DEFAULT_EMBEDDER, settings.threads)
+        return _load_embedder(settings.embedder, settings.embedder, settings.threads)
 
 
 def load_language_model(settings: Settings) -> MemoryReader | Decoder | Endpoint:
-    """Give the language model that the settings name, loaded once."""
+    """Give the language model that the settings name, loaded once, whichever threads ask for it."""
+    with LOADING:
+        return _language_model(settings)
+
+
+def _language_model(settings: Settings) -> MemoryReader | Decoder | Endpoint:
     if settings.llm_url:
         return _load_endpoint(settings.llm_url, settings.llm_model, settings.llm_key)
     if settings.model == DEFAULT_DECODER:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from l2m_rag.backbone import locate
 from l2m_rag.checkpoint import load_model, source_of
 from l2m_rag.errors import UsageError
 from l2m_rag.generate import Decoder
-from l2m_rag.indexers.embedding import computes_bf16
+from l2m_rag.indexers.embedding import LOADING, computes_bf16
 from l2m_rag.model import L2M
 from l2m_rag.reading import QUESTION, as_picked
 from l2m_rag.spans import Quoted, SpanFinder, seen
@@ -105,6 +104,7 @@ class MemoryReader:
         self._hot_bytes, self._held = hot_bytes, 0
         self._one = Lock()  # what is kept is shared by threads, as those of a batch of questions
         self._threads = threads
+        self._writer: Decoder | None = None
         fitted = folder / ANSWERABILITY
         self.answerability, self.prior = (
             answerability.load(fitted) if fitted.exists() else ({"bias": 0.0, "empty": -1.0}, {"bias": 0.0})
@@ -128,10 +128,13 @@ class MemoryReader:
         """Write freely, as `writer` does."""
         return self.writer.reply(system, user, most=most)
 
-    @cached_property
+    @property
     def writer(self) -> Decoder:
-        """The backbone as it was before it learnt to quote."""
-        return Decoder(self._source, name=self.name, threads=self._threads, device=self.device)
+        """The backbone as it was before it learnt to quote, loaded on first use."""
+        with LOADING:
+            if self._writer is None:
+                self._writer = Decoder(self._source, name=self.name, threads=self._threads, device=self.device)
+            return self._writer
 
     @torch.inference_mode()
     def quote(self, question: str, passages: Sequence[str], *, best: int = 3) -> Quoted:

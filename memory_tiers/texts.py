@@ -84,6 +84,12 @@ def drop(tier: LongTermTier, ids: Sequence[str]) -> list[str]:
     return [name.removeprefix(PREFIX) for name in there]
 
 
+def equals(key: str, value: str) -> str:
+    """Give the filter that keeps what has a text in its metadata; the key is a name of letters, digits and _."""
+    quoted = value.replace("'", "''")
+    return f"metadata.{key} = '{quoted}'"
+
+
 def is_text(chunk: Chunk) -> bool:
     """Say whether a chunk is a text of a program."""
     return chunk.document.startswith(PREFIX) and _WHOLE in chunk.metadata

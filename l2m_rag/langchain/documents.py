@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Field
 from l2m_rag.collection import Collection
 from l2m_rag.errors import UsageError
 from l2m_rag.memory_tiers.records import Chunk
-from l2m_rag.memory_tiers.texts import Text, is_text, text_of
+from l2m_rag.memory_tiers.texts import Text, equals, is_text, text_of
 
 Filter = str | Mapping[str, Any]
 """A filter: SQL as `--where` takes it, or values that metadata must have (a list for any of several)."""
@@ -73,8 +73,7 @@ def _condition(key: str, value: object) -> str:
     if isinstance(value, int | float):
         return f"metadata.{key} = {value!r}"
     if isinstance(value, str):
-        quoted = value.replace("'", "''")
-        return f"metadata.{key} = '{quoted}'"
+        return equals(key, value)
     raise UsageError(f"the filter on {key!r} must be text, a number, a truth value or a list of them; it is {value!r}")
 
 

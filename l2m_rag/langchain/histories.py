@@ -1,11 +1,8 @@
-"""Conversations as texts of a collection: in order for a prompt, and found again by meaning however long ago."""
+"""Conversations of the long-term tier as LangChain's message histories."""
 
 from __future__ import annotations
 
-import time
-import uuid
 from collections.abc import Sequence
-from datetime import datetime
 
 from langchain_core.chat_history import BaseChatMessageHistory
 from langchain_core.documents import Document
@@ -14,12 +11,9 @@ from langchain_core.messages import BaseMessage, message_to_dict, messages_from_
 from l2m_rag.collection import Collection
 from l2m_rag.collection import open as open_collection
 from l2m_rag.config import Settings
+from l2m_rag.conversation import COLLECTION, WHOLE, Conversation, Said
 from l2m_rag.errors import UsageError
-from l2m_rag.langchain.owned import OwnedTexts
-from l2m_rag.memory_tiers.texts import Text
-
-_WHOLE = "message"  # key of the message as it was
-_YEAR_10000 = 253_402_300_800  # in seconds since 1970; no date is written from there on
+from l2m_rag.langchain.documents import given
 
 
 class L2MChatMessageHistory(BaseChatMessageHistory):
@@ -70,26 +64,24 @@ class L2MChatMessageHistory(BaseChatMessageHistory):
     def __init__(
         self,
         session: str,
-        collection: str | Collection = "conversations",
+        collection: str | Collection = COLLECTION,
         *,
         last: int | None = None,
         settings: Settings | None = None,
     ) -> None:
-        if not isinstance(session, str) or not session:
-            raise UsageError(f"session ({session!r}) must be a string that is not empty")
         if last is not None and last < 1:
             raise UsageError(f"last ({last}) must be at least 1")
         self.session = session
         self.last = last
         self.collection = open_collection(collection, settings=settings) if isinstance(collection, str) else collection
-        self._ours = OwnedTexts(self.collection, "chat", session)
+        self._conversation = Conversation(session, self.collection)
 
     @property
     def messages(self) -> list[BaseMessage]:  # type: ignore[override]  # a plain attribute there, read only here
         """The messages as they were added, oldest first."""
-        texts = sorted(self._ours.all(), key=lambda text: text.id)
+        texts = self._conversation.texts()
         kept = texts if self.last is None else texts[-self.last :]
-        return messages_from_dict([text.metadata[_WHOLE] for text in kept])
+        return messages_from_dict([text.metadata[WHOLE] for text in kept])
 
     def add_messages(self, messages: Sequence[BaseMessage], at: float | None = None) -> None:
         """Add messages behind those that are there, on the disk when this is over.
@@ -103,22 +95,8 @@ class L2MChatMessageHistory(BaseChatMessageHistory):
             UsageError: a message holds what JSON cannot, or there is no such time; none was added.
             LockedError: another process is writing to the collection, and went on for half a minute.
         """
-        now = time.time_ns()
-        if at is not None and not 0 <= at < _YEAR_10000:
-            raise UsageError(f"at ({at}) must be a time in seconds since 1970")
-        said = now if at is None else int(at * 1e9)
-        facts = self._ours.facts(said / 1e9)
-        self.collection.put(
-            [
-                Text(
-                    # in the order of time, whoever writes
-                    f"chat:{said:020d}:{now:020d}:{number:06d}:{uuid.uuid4().hex}",
-                    f"{message.name or message.type}: {message.text}",
-                    {**facts, "by": message.type, _WHOLE: message_to_dict(message)},
-                )
-                for number, message in enumerate(messages)
-            ]
-        )
+        said = [Said(one.type, str(one.text), one.name or "", message_to_dict(one)) for one in messages]
+        self._conversation.add(said, at)
 
     def recall(self, query: str, k: int = 4, around: int = 0) -> list[Document]:
         """Give the messages of this conversation that fit a text best, best first, with when they were said.
@@ -129,26 +107,15 @@ class L2MChatMessageHistory(BaseChatMessageHistory):
             around: messages before and behind each that are given with it, a line each that begins with its day; for
                 them the whole conversation is read.
         """
-        found = self._ours.recall(query, k)
-        texts = sorted(self._ours.all(), key=lambda text: text.id) if found and around else []
-        place = {text.id: number for number, text in enumerate(texts)}
+        found = [given(text) for text in self._conversation.recall(query, k, around)]
         for document in found:
-            document.metadata.pop(_WHOLE, None)
-            if document.id in place:
-                here = place[document.id]
-                near = texts[max(0, here - around) : here + around + 1]
-                document.page_content = "\n".join(_dated(text) for text in near)
+            document.metadata.pop(WHOLE, None)
         return found
 
     def forget(self, ids: Sequence[str]) -> list[str]:
         """Delete messages of this conversation by id; give the ids of those that were there."""
-        return [text.id for text in self._ours.forget(ids)]
+        return [text.id for text in self._conversation.forget(ids)]
 
     def clear(self) -> None:
         """Delete all messages of this conversation."""
-        self.collection.drop([text.id for text in self._ours.all()])
-
-
-def _dated(text: Text) -> str:
-    day = datetime.fromisoformat(text.metadata["said_at"])
-    return f"[{day.day} {day:%B %Y}] {text.text}"
+        self._conversation.clear()

@@ -16,8 +16,8 @@ from l2m_rag.collection import Collection
 from l2m_rag.collection import open as open_collection
 from l2m_rag.errors import L2MError, UsageError
 from l2m_rag.langchain.documents import document_of
-from l2m_rag.langchain.owned import OwnedTexts
 from l2m_rag.memory_tiers.texts import Text
+from l2m_rag.owned import OwnedTexts
 
 _MOST = 20  # passages or facts in one answer
 _LONGEST = 20_000  # characters of a document in one answer
@@ -121,7 +121,7 @@ class L2MToolkit(BaseToolkit):
 
         def recall(query: Query, k: Count = 5) -> tuple[str, list[Document]]:
             """Find what was remembered about the user, each with its id and when it was told."""
-            found = mine.recall(query, k)
+            found = [document_of(passage.chunk) for passage in mine.recall(query, k)]
             lines = [f"{one.id} ({one.metadata['said_at']}): {one.page_content}" for one in found]
             return "\n".join(lines) or "Nothing is remembered of that.", found
 

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from langchain_core.documents import Document
-
 from l2m_rag.collection import Collection
-from l2m_rag.langchain.documents import document_of, where_of
-from l2m_rag.memory_tiers.texts import Text
+from l2m_rag.memory_tiers.records import Passage
+from l2m_rag.memory_tiers.texts import Text, equals
 
 
 class OwnedTexts:
@@ -25,7 +23,7 @@ class OwnedTexts:
     def __init__(self, collection: Collection, kind: str, owner: str) -> None:
         self._collection = collection
         self._mark = {kind: owner}
-        self._where = where_of(self._mark) or ""
+        self._where = equals(kind, owner)
 
     def facts(self, now: float) -> dict[str, Any]:
         """Give the metadata that a text of the owner has, said at a time in seconds since 1970."""
@@ -35,11 +33,12 @@ class OwnedTexts:
         """Give everything, in the order in which it came in."""
         return self._collection.texts(self._where)
 
-    def recall(self, query: str, k: int) -> list[Document]:
-        """Give what fits a text best, best first."""
+    def recall(self, query: str, k: int, **more: str) -> list[Passage]:
+        """Give what fits a text best, best first; of that only what has some values in its metadata."""
         if not self._collection.exists():
             return []
-        return [document_of(passage.chunk) for passage in self._collection.search(query, k, where=self._where)]
+        where = " AND ".join([self._where, *(equals(key, value) for key, value in more.items())])
+        return self._collection.search(query, k, where=where)
 
     def forget(self, ids: Sequence[str]) -> list[Text]:
         """Delete by id; give what was there."""
