@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from l2m_rag.cli import output, sessions
+from l2m_rag.cli import output
 from l2m_rag.cli.options import (
     InCollection,
     Json,
@@ -27,6 +27,7 @@ from l2m_rag.cli.options import (
     settings_of,
     shows_progress,
 )
+from l2m_rag.cli.sessions import Session
 from l2m_rag.errors import UsageError
 
 if TYPE_CHECKING:
@@ -155,18 +156,17 @@ def ask(
     settings = settings_of(ctx, collection=collection, model=model, llm_url=llm_url)
     files = [Path(existing(path)) for path in file or ()]
     ready(ctx, settings, as_json=as_json, decoder=True, new=bool(files))
-    history = sessions.read_turns(settings.data, session) if session is not None else []
+    talk = Session(session, settings)
     answer_from = _asked(settings, files)
     abstained = False
     for one in asked:
         if questions and not as_json:
             output.say(f"> {output.one_line(one.text)}")
         stream = output.AnswerStream(show=not as_json)
-        answer = answer_from(one.text, free=free, history=tuple(history), on_text=stream.write)
+        known = tuple(talk.history) if session is not None else ()
+        answer = answer_from(one.text, free=free, history=known, also=talk.told, on_text=stream.write)
         abstained |= answer.abstained
-        if session is not None:
-            history.append((one.text, answer.answer))
-            sessions.append_turn(settings.data, session, one.text, answer.answer)
+        talk.add(one.text, answer)
         if as_json:
             output.say_json({"id": one.id, **answer.to_json()})
             continue
@@ -196,14 +196,15 @@ def chat(
       l2m chat -c contracts --session landlord
       l2m chat -c contracts < questions.txt
 
-    A question may refer to those before it. /sources shows the passages behind the last answer, /exit (or
+    A question may refer to those before it. With --session the turns are kept: what was told is found again months
+    later, with its day; see `l2m sessions`. /sources shows the passages behind the last answer, /exit (or
     Ctrl-D) ends.
     """
     settings = settings_of(ctx, collection=collection, model=model, llm_url=llm_url)
-    history = sessions.read_turns(settings.data, session) if session is not None else []
     ready(ctx, settings, as_json=as_json, decoder=True)
     asked = opened(settings)
     asked.info()  # a collection that is not there is better said before the first question is typed
+    talk = Session(session, settings)
     answer: Answer | None = None
     for line in _lines(sys.stdin.isatty() and not as_json):
         if line in ("/exit", "/quit"):
@@ -217,15 +218,18 @@ def chat(
             output.remark(str(error))
             continue
         stream = output.AnswerStream(show=not as_json)
-        answer = asked.ask(question, history=tuple(history), on_text=stream.write)
-        history.append((question, answer.answer))
-        if session is not None:
-            sessions.append_turn(settings.data, session, question, answer.answer)
+        answer = asked.ask(question, history=tuple(talk.history), also=talk.told, on_text=stream.write)
+        talk.add(question, answer)
         if as_json:
             output.say_json({"id": None, **answer.to_json()})
+        elif talk.took_note(question, answer):
+            output.say("Noted.")
         else:
             stream.end(answer)
             output.say_citations(answer)
+            if answer.abstained and (told := talk.told(question)):
+                output.say("What was told:")
+                output.say_passages(told[:2])
 
 
 def _asked(settings: Settings, files: list[Path]) -> Callable[..., Answer]:

@@ -23,7 +23,19 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from l2m_rag.cli import collections, demo, doctor, documents, evaluation, models, output, serving, settings, training
+from l2m_rag.cli import (
+    collections,
+    demo,
+    doctor,
+    documents,
+    evaluation,
+    models,
+    output,
+    serving,
+    sessions,
+    settings,
+    training,
+)
 from l2m_rag.cli.options import Command, examples_kept
 from l2m_rag.errors import L2MError
 
@@ -92,6 +104,7 @@ app = typer.Typer(
 for command in (documents.ingest, documents.search, documents.ask, documents.chat):
     app.command(cls=Command)(command)
 app.add_typer(collections.app, name="collections")
+app.add_typer(sessions.app, name="sessions")
 app.add_typer(models.app, name="models")
 app.add_typer(settings.app, name="config")
 app.add_typer(evaluation.eval_app, name="eval")

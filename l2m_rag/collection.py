@@ -30,6 +30,7 @@ from l2m_rag.errors import (
     UsageError,
 )
 from l2m_rag.memory_tiers.places import Where, place_of, writing
+from l2m_rag.memory_tiers.records import HOUR, Passage, merged
 from l2m_rag.models import load_embedder, load_language_model
 from l2m_rag.weights import DEFAULT_EMBEDDER
 
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from l2m_rag.indexers.ray_ingest import RayWorkers
     from l2m_rag.memory_tiers.lance_store import Vectors
     from l2m_rag.memory_tiers.long_term import Fusion, LongTermTier, Mode
-    from l2m_rag.memory_tiers.records import DocumentRow, Passage
+    from l2m_rag.memory_tiers.records import DocumentRow
     from l2m_rag.memory_tiers.state_table import StateFormat
     from l2m_rag.memory_tiers.states import StateTier
     from l2m_rag.memory_tiers.texts import Text
@@ -361,6 +362,7 @@ class Collection:
         where: str | None = None,
         abstain_below: float | None = None,
         history: Sequence[tuple[str, str]] = (),
+        also: Callable[[str], list[Passage]] | None = None,
         on_text: Callable[[str], object] | None = None,
     ) -> qa.Answer:
         """Answer a question from the documents, with citations.
@@ -371,6 +373,7 @@ class Collection:
             where: filter on what may be read, as in `search`.
             abstain_below: probability below which no answer is given; default from the settings.
             history: (question, answer) of the turns before, oldest first.
+            also: gives passages from elsewhere that fit the question; they are read in the order of their cosines.
             on_text: called with each piece of the answer as soon as it is certain.
 
         Raises:
@@ -381,7 +384,9 @@ class Collection:
         self.tier()
         return qa.answer(
             question,
-            lambda text, k: self.search(text[:LONGEST_QUESTION], k, where=where),
+            lambda text, k: merged(
+                self.search(text[:LONGEST_QUESTION], k, where=where), also(question) if also else []
+            ),
             load_language_model(self.settings),
             passages=self.settings.passages,
             budget=self.settings.budget,
@@ -479,12 +484,17 @@ class Collection:
         with writing(self._existing()):
             return self._newest().repair()
 
-    def optimize(self) -> dict[str, int]:
-        """Merge small files, drop old versions and bring the indexes up to date; give the bytes before and after."""
+    def optimize(self, older_than: float = HOUR) -> dict[str, int]:
+        """Merge small files, drop old versions and bring the indexes up to date; give the bytes before and after.
+
+        Args:
+            older_than: seconds for which versions are kept, for those who have them open. With 0 nothing is left on
+                the disk of what was deleted.
+        """
         with writing(self._existing()):
             tier = self._newest()
             before = self.info().bytes
-            tier.compact()
+            tier.compact(older_than)
         return {"bytes_before": before, "bytes_after": self.info().bytes}
 
     def migrate(self) -> str:
@@ -657,6 +667,7 @@ def ask_files(
     *,
     free: bool = False,
     history: Sequence[tuple[str, str]] = (),
+    also: Callable[[str], list[Passage]] | None = None,
     on_text: Callable[[str], object] | None = None,
 ) -> qa.Answer:
     """Answer a question from some files; they are read on the first question and kept in the home for the next ones.
@@ -674,7 +685,7 @@ def ask_files(
         raise LoadError(first.reason, f"{first.path}: {first.detail}" if first.detail else first.path)
     if not collection.exists():
         raise LoadError("empty", f"there is nothing to read in {', '.join(paths)}")
-    return collection.ask(question, free=free, history=history, on_text=on_text)
+    return collection.ask(question, free=free, history=history, also=also, on_text=on_text)
 
 
 def import_collection(archive: Path, name: str, settings: Settings | None = None) -> Collection:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -129,6 +130,12 @@ class Conversation:
     def clear(self) -> list[Text]:
         """Delete all messages; give what was there."""
         return self._ours.forget([text.id for text in self.texts()])
+
+
+def sessions(collection: Collection) -> dict[str, int]:
+    """Give the names of the conversations in a collection, each with how many messages it has."""
+    texts = collection.texts("metadata.chat IS NOT NULL")
+    return dict(sorted(Counter(str(text.metadata["chat"]) for text in texts).items()))
 
 
 def day_of(text: Text) -> str:

@@ -36,7 +36,7 @@ from lancedb.query import MatchQuery
 from l2m_rag.errors import CorruptError, DiskFullError, L2MError, UsageError
 from l2m_rag.memory_tiers.disk import CutShortError, Ledger, Unlisted
 from l2m_rag.memory_tiers.places import Where, place_of
-from l2m_rag.memory_tiers.records import Chunk, DocumentRow, Scalar
+from l2m_rag.memory_tiers.records import HOUR, Chunk, DocumentRow, Scalar
 
 logger = logging.getLogger(__name__)
 
@@ -346,8 +346,8 @@ class LanceStore:
             self._documents.checkout_latest()
         self._manifests = manifests
 
-    def optimize(self) -> None:
-        """Merge small files, drop versions older than an hour, and bring the full-text index up to date.
+    def optimize(self, older_than: float = HOUR) -> None:
+        """Merge small files, drop versions older than some seconds, and bring the full-text index up to date.
 
         Raises:
             DiskFullError: the disk has no room for it; nothing was changed.
@@ -355,7 +355,8 @@ class LanceStore:
         with self.place.reaching():
             live = sum(live_bytes(table) for table in (self._documents, self._chunks))
         self.place.check_room(live)
-        for kept in (FOR_EVER, timedelta(hours=1)):  # nothing goes before what stands for it has reached the disk
+        # nothing goes before what stands for it has reached the disk
+        for kept in (FOR_EVER, timedelta(seconds=max(older_than, 1e-3))):  # Lance warns of less
             with self._committing():
                 for table in (self._documents, self._chunks):
                     table.optimize(cleanup_older_than=kept)

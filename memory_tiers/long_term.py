@@ -26,7 +26,7 @@ from l2m_rag.memory_tiers.disk import digest
 from l2m_rag.memory_tiers.hot_index import HotIndex, catch_up, open_hot_index
 from l2m_rag.memory_tiers.lance_store import LanceStore, RowIds, Scores, Vector, Vectors
 from l2m_rag.memory_tiers.places import Place, Where, place_of
-from l2m_rag.memory_tiers.records import Chunk, DocumentRow, Passage
+from l2m_rag.memory_tiers.records import HOUR, Chunk, DocumentRow, Passage
 from l2m_rag.memory_tiers.state_table import StateFormat, StateTable
 from l2m_rag.memory_tiers.states import HOT_BYTES, StateTier
 from l2m_rag.memory_tiers.usage import DiskPolicy
@@ -322,16 +322,20 @@ class LongTermTier:
             aside = folder.rename(folder.with_name(f"states.damaged-{time.time_ns()}"))
             return [f"set the states aside, in {aside}, as they cannot be read ({error})"]
 
-    def compact(self) -> None:
-        """Merge small files, drop versions older than an hour, and bring the indexes up to date.
+    def compact(self, older_than: float = HOUR) -> None:
+        """Merge small files, drop versions older than some seconds, and bring the indexes up to date.
+
+        With 0 nothing is left on the disk of what was deleted; who has an older version open must open it again.
 
         Raises:
             DiskFullError: the disk has no room for it; nothing was changed.
         """
         self.check_writable()
         self.store.refresh()
-        self.store.optimize()
+        self.store.optimize(older_than)
         self.store.rebuild_text_index()  # which else goes on counting the words of rows that were deleted
+        if older_than < HOUR:
+            self.store.optimize(older_than)  # now that no index stands on them any more
         self._index_anew()
         if states := self.state_table():
             states.compact()

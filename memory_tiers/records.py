@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 Scalar = str | int | float | bool | None
+HOUR = 3600.0
+"""Seconds for which versions of the tables are kept, for those who read them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +124,19 @@ class Passage:
     score: float
     dense: float | None = None
     lexical: float | None = None
+
+
+def merged(found: Sequence[Passage], other: Sequence[Passage]) -> list[Passage]:
+    """Put passages of another search between those of one: each before the first whose cosine is lower.
+
+    Scores of two searches cannot be compared; those that are put in get the score of the one they stand before.
+    """
+    whole = list(found)
+    for passage in other:
+        at = next((n for n, one in enumerate(whole) if (one.dense or 0.0) < (passage.dense or 0.0)), len(whole))
+        beside = whole[min(at, len(whole) - 1)].score if whole else passage.score
+        whole.insert(at, replace(passage, score=beside))
+    return whole
 
 
 def hits(passages: Iterable[Passage]) -> list[dict[str, object]]:
