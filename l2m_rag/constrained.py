@@ -8,6 +8,7 @@ the answers of this library are to the passages, it calls with "When does the le
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +17,18 @@ import numpy as np
 from l2m_rag.errors import MissingExtraError, UsageError
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
 _LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _MOST_ITEMS = 8  # of a list whose schema does not say
+_LARGEST = 10**15  # of an integer whose schema does not say
 _SHORTEST = 40  # characters that a string may have in any case
 ASKED = ("question", "query")
 """Arguments that are the message itself: what a search is told should not be less."""
+_WORDS = re.compile(r"\w+|\s+|[^\w\s]")
+_CLOSING = {'"': 3, "}": 2, "]": 2, ",": 1}  # by a token's first character; in a string only the first ends anything
+_HURRY = 64  # tokens left from which on strings, numbers and lists end as soon as they may
 _FREE = ("enum", "const", "pattern", "format")  # what bounds a string by itself
 
 
@@ -43,7 +49,9 @@ class Grammars:
         except ImportError:
             raise MissingExtraError("llguidance", "langchain") from None
         self._tokens = llguidance.hf.from_tokenizer(tokenizer, size)
-        self._size = size
+        texts = tokenizer.convert_ids_to_tokens(list(range(min(size, len(tokenizer)))))
+        self._closing = np.zeros(size, dtype=np.int8)
+        self._closing[: len(texts)] = [_CLOSING.get((text or "")[:1], 0) for text in texts]
 
     def json(self, schema: Mapping[str, Any], characters: int) -> Guide:
         """Give a guide to JSON that a schema allows.
@@ -71,20 +79,18 @@ class Grammars:
         Raises:
             UsageError: there is something in the schema that cannot be held to.
         """
-        said = " ".join(said.split())
         properties = parameters.get("properties", {})
-        needed = [name for name in properties if name in parameters.get("required", properties)] or list(properties)
         shared = {key: parameters[key] for key in ("$defs", "definitions") if key in parameters}
         members, rules = [], []
-        for number, name in enumerate(needed):
+        for number, name in enumerate(needed(parameters)):
             of = properties[name]
             members.append(f"{json.dumps((', ' if number else '') + json.dumps(name) + ': ')} v{number}")
-            copied = said and of.get("type") == "string" and not any(key in of for key in _FREE)
-            if copied and name in ASKED:
-                rules.append(f"v{number}: {json.dumps(json.dumps(said, ensure_ascii=False), ensure_ascii=False)}")
-            elif copied:
-                words = json.dumps({"substring_words": json.dumps(said, ensure_ascii=False)[1:-1]})
-                rules += [f'v{number}: "\\"" w{number} "\\""', f"w{number}: %regex {words}"]
+            if said and _is_free(of) and name in ASKED:
+                rules.append(f"v{number}: {_quoted(_quoted(said))}")
+            elif said and _is_free(of):
+                words = [_quoted(word)[1:-1] for word in _WORDS.findall(said)]  # an escape is never cut in two
+                copied = json.dumps({"substring_chunks": words})
+                rules += [f'v{number}: "\\"" w{number} "\\""', f"w{number}: %regex {copied}"]
             else:
                 rules.append(f"v{number}: %json {json.dumps({**bounded(of, 200), **shared, 'x-guidance': _LAYOUT})}")
         grammar = "\n".join([f'start: "{{" {" ".join(members)} "}}"', *rules])
@@ -96,7 +102,7 @@ class Grammars:
         matcher = LLMatcher(self._tokens, grammar)
         if matcher.is_error():
             raise UsageError(f"{what} cannot be held to: {matcher.get_error()}")
-        return Guide(matcher, self._size)
+        return Guide(matcher, self._closing)
 
 
 class Guide:
@@ -104,21 +110,28 @@ class Guide:
 
     Args:
         matcher: of llguidance.
-        size: V, the length of the logits.
+        closing: (V,) int8, how much each token helps to come to an end.
     """
 
-    def __init__(self, matcher: Any, size: int) -> None:
+    def __init__(self, matcher: Any, closing: NDArray[np.int8]) -> None:
         self._matcher = matcher
-        self._size = size
+        self._closing = closing
 
-    def allowed(self, logits: Tensor) -> Tensor:
-        """Give the logits, (V,), with minus infinity for each token that may not come next."""
+    def allowed(self, logits: Tensor, left: int) -> Tensor:
+        """Give the logits, (V,), with minus infinity for each token that may not come next.
+
+        Args:
+            logits: (V,).
+            left: tokens that may still be written; when they are few, only what comes to an end may come next.
+        """
         import torch
 
         # a bit for each token; llguidance.torch would do this with a kernel that is compiled first
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        may = torch.from_numpy(np.unpackbits(bits, count=self._size, bitorder="little").astype(bool))
-        return logits.masked_fill(~may.to(logits.device), -torch.inf)
+        may = np.unpackbits(bits, count=len(self._closing), bitorder="little").astype(bool)
+        if left < _HURRY and may.any():
+            may &= self._closing == self._closing[may].max()
+        return logits.masked_fill(~torch.from_numpy(may).to(logits.device), -torch.inf)
 
     def take(self, token: int) -> bool:
         """Take the token that was written; say whether all is written."""
@@ -126,8 +139,28 @@ class Guide:
         return bool(self._matcher.is_stopped())
 
 
+def needed(parameters: Mapping[str, Any]) -> list[str]:
+    """Give the arguments that are written: those that must be given; when none must, all."""
+    names = list(parameters.get("properties", {}))
+    return [name for name in names if name in parameters.get("required", names)] or names
+
+
+def is_asked(parameters: Mapping[str, Any]) -> bool:
+    """Say whether the message itself is all that a call needs."""
+    names = needed(parameters)
+    return bool(names) and all(name in ASKED and _is_free(parameters["properties"][name]) for name in names)
+
+
+def _is_free(schema: Mapping[str, Any]) -> bool:
+    return schema.get("type") == "string" and not any(key in schema for key in _FREE)
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
 def bounded(schema: Mapping[str, Any], characters: int) -> dict[str, Any]:
-    """Give a schema in which strings and lists end and objects have no other names than those that it gives.
+    """Give a schema in which strings, integers and lists end and objects have no other names than those that it gives.
 
     Args:
         schema: JSON schema; what it says itself stays.
@@ -143,8 +176,13 @@ def bounded(schema: Mapping[str, Any], characters: int) -> dict[str, Any]:
             made[key] = _within(value, characters)
         elif key not in ("default", "examples"):
             made[key] = value
-    if made.get("type") == "string" and not any(key in made for key in _FREE):
+    if _is_free(made):
         made.setdefault("maxLength", characters)
+    if made.get("type") == "integer" and "enum" not in made:
+        if not {"maximum", "exclusiveMaximum"} & made.keys():
+            made["maximum"] = _LARGEST
+        if not {"minimum", "exclusiveMinimum"} & made.keys():
+            made["minimum"] = -_LARGEST
     if made.get("type") == "array":
         made.setdefault("maxItems", max(_MOST_ITEMS, int(made.get("minItems", 0))))
     if "properties" in made:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,19 +84,24 @@ class Decoder:
         """
         room = self.window - max(most, LONGEST_SPAN)
         kept = list(turns)
-        while len(ids := self._laid(kept, opening)) > room:
+        costs = [self.count(text) for _, text in kept]
+        while (over := len(ids := self._laid(kept, opening)) - room) > 0:
             early = [at for at, (role, _) in enumerate(kept[:-1]) if role != "system"] or list(range(len(kept) - 1))
             if early and len(kept) > 2:
-                del kept[early[0]]
+                frame = max(0, len(ids) - sum(costs)) / len(kept)  # what the template puts around each
+                gone = accumulate(costs[at] + frame for at in early)
+                drop = set(early[: 1 + sum(cost < over for cost in gone)])
+                kept = [turn for at, turn in enumerate(kept) if at not in drop]
+                costs = [cost for at, cost in enumerate(costs) if at not in drop]
                 continue
-            at = max(range(len(kept)), key=lambda at: self.count(kept[at][1]))
+            at = max(range(len(kept)), key=costs.__getitem__)
             role, text = kept[at]
-            left = self.count(text) - (len(ids) - room)
-            if not text or left < 0:
+            if not text or costs[at] < over:
                 raise UsageError(
-                    f"a reply of {most:,} tokens leaves no room in the window of {self.name}, {self.window:,}"
+                    f"a reply of {most:,} tokens leaves no room in the window of {self.name}, {self.window:,} tokens"
                 )
-            kept[at] = role, self.cut(text, left)
+            kept[at] = role, self.cut(text, costs[at] - over)
+            costs[at] = self.count(kept[at][1])
         return ids
 
     def _laid(self, turns: Sequence[tuple[str, str]], opening: str) -> list[int]:
@@ -150,8 +156,9 @@ class Decoder:
         drawn.manual_seed(seed) if seed is not None else drawn.seed()
         with torch.inference_mode():
             logits, cache = self._prefill(prompt)
-            for _ in range(min(most, self.window - len(prompt))):
-                scores = guide.allowed(logits) if guide else logits
+            room = min(most, self.window - len(prompt))
+            for number in range(room):
+                scores = guide.allowed(logits, room - number) if guide else logits
                 if temperature:
                     shares = (scores.float().cpu() / temperature).softmax(-1)
                     token = int(torch.multinomial(shares, 1, generator=drawn))

@@ -6,6 +6,7 @@ from l2m_rag.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from l2m_rag.langchain.graph_stores import L2MStore as L2MStore
+    from l2m_rag.langchain.middleware import L2MMemoryMiddleware as L2MMemoryMiddleware
 
 try:
     import langchain_core  # noqa: F401 - only to say what is missing
@@ -43,4 +44,8 @@ def __getattr__(name: str) -> Any:
         from l2m_rag.langchain.graph_stores import L2MStore
 
         return L2MStore
+    if name == "L2MMemoryMiddleware":
+        from l2m_rag.langchain.middleware import L2MMemoryMiddleware
+
+        return L2MMemoryMiddleware
     raise AttributeError(f"module 'l2m_rag.langchain' has no attribute {name!r}")

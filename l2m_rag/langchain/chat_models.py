@@ -27,7 +27,7 @@ from l2m_rag import qa
 from l2m_rag.collection import Collection
 from l2m_rag.collection import open as open_collection
 from l2m_rag.config import Settings, load_settings
-from l2m_rag.constrained import Guide
+from l2m_rag.constrained import Guide, is_asked, needed
 from l2m_rag.errors import ModelError, UsageError
 from l2m_rag.generate import Decoder
 from l2m_rag.langchain.messages import Asked, asked, citation, documents_of, passages, told, turns
@@ -39,6 +39,7 @@ from l2m_rag.models import load_embedder, load_language_model
 _CALL = "{name}({parameters}): {description}\nFill in the arguments with words copied from the message."
 _SHAPE = "Reply with JSON that this schema describes:\n{schema}"
 _SHORT = 200  # characters of a tool's text up to which it is the answer as it stands
+_COPIED = 256  # tokens of a message that the arguments of a call may be taken from
 _RESULTS = 2000  # characters of what tools gave that the arguments of a next call may be taken from
 
 
@@ -268,8 +269,11 @@ class ChatL2M(BaseChatModel):
         elif said.results:
             yield from self._told(said, stops, settings)
         elif isinstance(self.collection, Collection):
-            ask = partial(self.collection.ask, said.question, free=self.free, history=said.history)
+            also = partial(_ranked, settings, found=said.remembered)
+            ask = partial(self.collection.ask, said.question, free=self.free, history=said.history, also=also)
             yield from self._answered(ask, stops, settings)
+        elif said.remembered and said.question.rstrip().endswith("?"):
+            yield from self._answered(self._reading(said.question, said.remembered, settings), stops, settings)
         else:
             writer = self._writer(settings)
             yield from self._written(writer, writer.chat(turns(messages), most=self.max_tokens), stops, settings)
@@ -288,16 +292,23 @@ class ChatL2M(BaseChatModel):
         return choose(said.question, tools, choice, partial(_closeness, settings))
 
     def _call(self, tool: Mapping[str, Any], said: Asked, settings: Settings) -> AIMessageChunk:
-        """Write a call of a tool."""
-        writer = self._writer(settings)
+        """Write a call of a tool; the model is not asked where the message itself is all that the call needs."""
         parameters = tool.get("parameters") or {}
-        text = "\n".join([said.question, *(str(result.text)[:_RESULTS] for result in said.results)])
-        names = ", ".join(parameters.get("properties", {}))
-        system = _CALL.format(name=tool["name"], parameters=names, description=tool.get("description", ""))
-        opening = f'{{"name": {json.dumps(tool["name"])}, "arguments": '
-        prompt = writer.chat([("system", system), ("user", text)], most=self.max_tokens, opening=opening)
-        pieces = list(writer.write(prompt, most=self.max_tokens, guide=writer.grammars.call(parameters, text)))
-        arguments = _stripped("".join(pieces))
+        text = " ".join("\n".join([said.question, *(one.text[:_RESULTS] for one in said.results)]).split())
+        prompt: list[int] = []
+        pieces: list[str] = []
+        if is_asked(parameters) and text:
+            arguments = json.dumps(dict.fromkeys(needed(parameters), text), ensure_ascii=False)
+        else:
+            writer = self._writer(settings)
+            text = writer.cut(text, _COPIED)
+            names = ", ".join(parameters.get("properties", {}))
+            system = _CALL.format(name=tool["name"], parameters=names, description=tool.get("description", ""))
+            opening = f'{{"name": {json.dumps(tool["name"])}, "arguments": '
+            most = self.max_tokens + _COPIED
+            prompt = writer.chat([("system", system), ("user", text)], most=most, opening=opening)
+            pieces = list(writer.write(prompt, most=most, guide=writer.grammars.call(parameters, text)))
+            arguments = _stripped("".join(pieces))
         made = tool_call_chunk(name=tool["name"], args=arguments, id=f"call_{uuid.uuid4().hex[:24]}", index=0)
         return AIMessageChunk(
             content="",
@@ -320,25 +331,24 @@ class ChatL2M(BaseChatModel):
                 "", [one for each in cited for one in each], usage_metadata=usage(0, 0), **last(settings.model, "stop")
             )
             return
-        found = passages(given)
-        closeness = partial(_closeness, settings)
-        close = closeness(said.question, [one.chunk.text for one in found])
-        read = [Passage(one.chunk, score, score) for one, score in zip(found, close, strict=True)]
-        read.sort(key=lambda one: -one.score)
-        ask = partial(
+        yield from self._answered(self._reading(said.question, passages(given), settings), stops, settings)
+
+    def _reading(self, question: str, found: Sequence[Passage], settings: Settings) -> Callable[..., qa.Answer]:
+        """Give the function that answers from passages."""
+        read = _ranked(settings, question, found)
+        return partial(
             qa.answer,
-            said.question,
+            question,
             lambda text, k: read[:k],
             load_language_model(settings),
             passages=settings.passages,
             budget=settings.budget,
             focus=settings.focus,
             enough=settings.enough,
-            closeness=closeness,
+            closeness=partial(_closeness, settings),
             abstain_below=settings.abstain_below,
             free=self.free,
         )
-        yield from self._answered(ask, stops, settings)
 
     def _answered(
         self, ask: Callable[..., qa.Answer], stops: Sequence[str], settings: Settings
@@ -420,6 +430,12 @@ def _schema(response_format: Any) -> Mapping[str, Any] | None:
         schema: Mapping[str, Any] = response_format["json_schema"]["schema"]
         return schema
     raise UsageError(f"response_format ({response_format.get('type')!r}) must be json_schema or json_object")
+
+
+def _ranked(settings: Settings, question: str, found: Sequence[Passage]) -> list[Passage]:
+    """Give passages with their cosines as scores, best first."""
+    close = _closeness(settings, question, [one.chunk.text for one in found])
+    return sorted((Passage(one.chunk, c, c) for one, c in zip(found, close, strict=True)), key=lambda one: -one.score)
 
 
 def _stripped(arguments: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,14 @@ from langchain_core.documents import Document
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.messages.content import Citation, create_citation
 
+from l2m_rag.conversation import day_of
 from l2m_rag.errors import UsageError
 from l2m_rag.memory_tiers.records import Chunk, Passage
+from l2m_rag.memory_tiers.texts import Text
 
+REMEMBERED = "Said before, with its day:"
+"""What a message of the system holds before lines of `remember`."""
+_LINE = re.compile(r"\[(\d{1,2} \w+ \d{4})\] (?:human: )?(.+)")
 _UNREAD = ("image", "audio", "video", "file", "image_url", "input_audio", "document", "media")
 
 
@@ -25,11 +31,13 @@ class Asked:
         question: what the user said last; "" when nothing.
         history: (said by the user, answered) before that, oldest first.
         results: what tools gave since then, oldest first.
+        remembered: what was said in earlier conversations.
     """
 
     question: str
     history: list[tuple[str, str]]
     results: list[ToolMessage]
+    remembered: list[Passage]
 
 
 def asked(messages: Sequence[BaseMessage]) -> Asked:
@@ -49,7 +57,23 @@ def asked(messages: Sequence[BaseMessage]) -> Asked:
             question, answer = history[-1]
             history[-1] = (question, f"{answer}\n{said(message)}".strip())
     results = [one for one in messages[last + 1 :] if isinstance(one, ToolMessage)]
-    return Asked(said(messages[last]) if last >= 0 else "", history, results)
+    systems = [said(one) for one in messages if isinstance(one, SystemMessage)]
+    return Asked(said(messages[last]) if last >= 0 else "", history, results, remembered("\n".join(systems)))
+
+
+def remembering(texts: Sequence[Text]) -> str:
+    """Tell a model what was said in earlier conversations; `remembered` reads it."""
+    return "\n".join([REMEMBERED, *(f"[{day_of(text)}] {' '.join(text.text.split())}" for text in texts)])
+
+
+def remembered(text: str) -> list[Passage]:
+    """Give what `remembering` told as passages to read."""
+    _, _, told = text.partition(REMEMBERED)
+    found = [match for line in told.splitlines() if (match := _LINE.fullmatch(line))]
+    return [
+        Passage(Chunk(f"said:{n}", f"said on {match[1]}", n, None, "", 0, len(match[2]), match[2]), 1.0 / (1 + n))
+        for n, match in enumerate(found)
+    ]
 
 
 def said(message: BaseMessage) -> str:
