@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,14 @@ def load_embedder(settings: Settings) -> Embedder:
         if settings.embedder == "default":
             return _load_embedder(str(find(DEFAULT_EMBEDDER, settings)), DEFAULT_EMBEDDER, settings.threads)
         return _load_embedder(settings.embedder, settings.embedder, settings.threads)
+
+
+def closeness(settings: Settings, text: str, others: Sequence[str]) -> list[float]:
+    """Give the cosine of a text with each of some others, by the embedder of the settings."""
+    if not others:
+        return []
+    vectors = load_embedder(settings).encode([text, *others])
+    return [float(cosine) for cosine in vectors[1:] @ vectors[0]]
 
 
 def load_language_model(settings: Settings) -> MemoryReader | Decoder | Endpoint:

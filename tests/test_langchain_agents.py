@@ -1,5 +1,4 @@
-"""Agents over a collection, end to end with the default weights: `create_agent`, the memory between conversations, and a
-graph of LangGraph with its store."""
+"""Agents over a collection, end to end with the default weights: `create_agent`, its memory, a graph with its store."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, Tool
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import END, START, MessagesState, StateGraph
 from langgraph.store.base import BaseStore
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 import l2m_rag
 from l2m_rag.collection import Collection
@@ -47,7 +46,7 @@ def kb(home: Settings, tmp_path: Path) -> Collection:
 class Scripted(GenericFakeChatModel):
     """Says what it was told to say, and keeps what it was sent."""
 
-    sent: list[Any] = []
+    sent: list[Any] = Field(default_factory=list)
 
     def bind_tools(self, tools: Any, **kwargs: Any) -> Any:
         return self

@@ -19,6 +19,7 @@ from l2m_rag.langchain.embeddings import L2MEmbeddings
 from l2m_rag.langchain.histories import L2MChatMessageHistory
 from l2m_rag.langchain.loaders import L2MDocumentLoader
 from l2m_rag.langchain.records import L2MRecordManager
+from l2m_rag.langchain.rerankers import L2MReranker
 from l2m_rag.langchain.retrievers import L2MRetriever
 from l2m_rag.langchain.stores import L2MByteStore
 from l2m_rag.langchain.toolkits import L2MToolkit
@@ -32,6 +33,7 @@ __all__ = [
     "L2MDocumentLoader",
     "L2MEmbeddings",
     "L2MRecordManager",
+    "L2MReranker",
     "L2MRetriever",
     "L2MToolkit",
     "L2MVectorStore",

@@ -34,7 +34,7 @@ from l2m_rag.langchain.messages import Asked, asked, citation, documents_of, pas
 from l2m_rag.langchain.pieces import block, last, pieces_of, until, usage
 from l2m_rag.langchain.tool_choice import choose
 from l2m_rag.memory_tiers.records import Passage
-from l2m_rag.models import load_embedder, load_language_model
+from l2m_rag.models import closeness, load_language_model
 
 _CALL = "{name}({parameters}): {description}\nFill in the arguments with words copied from the message."
 _SHAPE = "Reply with JSON that this schema describes:\n{schema}"
@@ -289,7 +289,7 @@ class ChatL2M(BaseChatModel):
                 return None
             done = {result.name for result in said.results}
             tools = [tool for tool in tools if tool["name"] not in done or tool["name"] == choice] or tools
-        return choose(said.question, tools, choice, partial(_closeness, settings))
+        return choose(said.question, tools, choice, partial(closeness, settings))
 
     def _call(self, tool: Mapping[str, Any], said: Asked, settings: Settings) -> AIMessageChunk:
         """Write a call of a tool; the model is not asked where the message itself is all that the call needs."""
@@ -345,7 +345,7 @@ class ChatL2M(BaseChatModel):
             budget=settings.budget,
             focus=settings.focus,
             enough=settings.enough,
-            closeness=partial(_closeness, settings),
+            closeness=partial(closeness, settings),
             abstain_below=settings.abstain_below,
             free=self.free,
         )
@@ -434,7 +434,7 @@ def _schema(response_format: Any) -> Mapping[str, Any] | None:
 
 def _ranked(settings: Settings, question: str, found: Sequence[Passage]) -> list[Passage]:
     """Give passages with their cosines as scores, best first."""
-    close = _closeness(settings, question, [one.chunk.text for one in found])
+    close = closeness(settings, question, [one.chunk.text for one in found])
     return sorted((Passage(one.chunk, c, c) for one, c in zip(found, close, strict=True)), key=lambda one: -one.score)
 
 
@@ -446,11 +446,3 @@ def _stripped(arguments: str) -> str:
         return arguments
     stripped = {name: value.strip() if isinstance(value, str) else value for name, value in read.items()}
     return json.dumps(stripped, ensure_ascii=False)
-
-
-def _closeness(settings: Settings, text: str, others: Sequence[str]) -> list[float]:
-    """Give the cosine of a text with each of some others."""
-    if not others:
-        return []
-    vectors = load_embedder(settings).encode([text, *others])
-    return [float(cosine) for cosine in vectors[1:] @ vectors[0]]

@@ -144,19 +144,25 @@ def passages(results: Sequence[ToolMessage]) -> list[Passage]:
             for at, paragraph in enumerate(said(result).split("\n\n"))
             if paragraph.strip()
         ]
-        found += [_passage(document, number, at) for at, document in enumerate(given)]
+        found += [passage_of(document, at, f"{number}:{at}") for at, document in enumerate(given)]
     return found
 
 
-def _passage(document: Document, number: int, at: int) -> Passage:
+def passage_of(document: Document, at: int, name: str = "") -> Passage:
+    """Give a document as a passage to read.
+
+    Args:
+        document: that was found.
+        at: its place among those that were found, from 0.
+        name: its id, where it has none.
+    """
     facts = document.metadata
     start, page = facts.get("start"), facts.get("page")
     start = start if isinstance(start, int) else 0
-    name = str(facts.get("source") or document.id or "")
     text = document.page_content
     made = Chunk(
-        document.id or f"{number}:{at}",
-        name,
+        document.id or name or str(at),
+        str(facts.get("source") or document.id or ""),
         at,
         page if isinstance(page, int) else None,
         str(facts.get("heading") or ""),
