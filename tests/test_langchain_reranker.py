@@ -50,7 +50,7 @@ def test_the_sentence_that_fits_best_counts(by_sentences: L2MReranker) -> None:
 
 @pytest.mark.skipif(not WEIGHTS, reason="the default weights are not here: l2m models pull")
 async def test_what_holds_the_answer_comes_first() -> None:
-    reranker = L2MReranker(top_n=None, settings=Settings(threads=1))
+    reranker = L2MReranker(top_n=None, by="reader", settings=Settings(threads=1))
     documents = [Document(OTHER), Document("The house is red. Who its landlord is was never told."), Document(RIGHT)]
     found = await reranker.acompress_documents(documents, "Who is the landlord of the red house?")
     assert found[0].page_content == RIGHT
@@ -61,5 +61,5 @@ async def test_what_holds_the_answer_comes_first() -> None:
 def test_what_cannot_rank_says_so(by_sentences: L2MReranker) -> None:
     with pytest.raises(UsageError, match="letter or digit"):
         by_sentences.compress_documents([Document(RIGHT)], "?!")
-    with pytest.raises(UsageError, match="by='sentences'"):
+    with pytest.raises(UsageError, match="leave by at 'sentences'"):
         by_sentences.model_copy(update={"by": "reader"}).compress_documents([Document(RIGHT)], "Who?")

@@ -31,8 +31,8 @@ class L2MReranker(BaseDocumentCompressor):
 
     Key init args:
         top_n: how many documents are kept; None keeps all.
-        by: "reader" reads each document and ranks by the probability that it holds an answer; "sentences" ranks by the
-            sentence that fits best, for a language model that cannot quote or where a reader takes too long.
+        by: "sentences" ranks by the sentence that fits best; "reader" reads each document and ranks by the probability
+            that it holds an answer, which is better and takes much longer.
         settings: as `l2m_rag.Settings`; by default those of the environment and of `l2m.toml`.
 
     Instantiate:
@@ -51,7 +51,7 @@ class L2MReranker(BaseDocumentCompressor):
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
     top_n: int | None = Field(default=4, ge=1)
-    by: Literal["reader", "sentences"] = "reader"
+    by: Literal["sentences", "reader"] = "sentences"
     settings: Settings | None = Field(default=None, exclude=True)
 
     def compress_documents(
@@ -85,7 +85,9 @@ class L2MReranker(BaseDocumentCompressor):
         """Give the probability that each document holds an answer."""
         reader: Any = load_language_model(settings)
         if not isinstance(reader, qa.Reader) or not reader.whole:
-            raise UsageError(f"{reader.name} cannot rank by reading; set by='sentences', or model to 'default'")
+            raise UsageError(
+                f"{reader.name} cannot rank by reading; leave by at 'sentences', or set model to 'default'"
+            )
         asked = qa.cut_question(query, reader, settings.budget)
         sizes: dict[str, Any] = {"budget": settings.budget, "focus": settings.focus, "closeness": None, "skip": 0.0}
         scores = []
