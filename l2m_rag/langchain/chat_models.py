@@ -63,7 +63,7 @@ class ChatL2M(BaseChatModel):
         collection: name of a collection whose documents answer, or a `Collection`; None for none.
         free: answer in the model's own words rather than in those of the documents.
         temperature: 0 takes the likeliest token each time; above, tokens are drawn. Quotes are never drawn.
-        max_tokens: tokens that a reply may have.
+        max_tokens: tokens that a reply may have which the model writes by itself.
         stop: texts before which a reply ends.
         timeout: seconds after which a reply is given up.
         seed: of what is drawn.
@@ -376,18 +376,12 @@ class ChatL2M(BaseChatModel):
         self, writer: Decoder, prompt: list[int], stops: Sequence[str], settings: Settings, guide: Guide | None = None
     ) -> Iterator[AIMessageChunk]:
         """Write a reply."""
-        count = 0
-
-        def counted() -> Iterator[str]:
-            nonlocal count
-            for piece in writer.write(
-                prompt, most=self.max_tokens, guide=guide, temperature=self.temperature, seed=self.seed
-            ):
-                count += 1
-                yield piece
-
-        for piece in until(counted(), stops):
+        text = ""
+        written = writer.write(prompt, most=self.max_tokens, guide=guide, temperature=self.temperature, seed=self.seed)
+        for piece in until(written, stops):
+            text += piece
             yield AIMessageChunk(content=piece)
+        count = writer.count(text)
         ended = "length" if count >= self.max_tokens else "stop"
         yield AIMessageChunk(content="", usage_metadata=usage(len(prompt), count), **last(settings.model, ended))
 
