@@ -22,6 +22,12 @@ from l2m_rag.owned import OwnedTexts
 
 COLLECTION = "conversations"
 """Name of the collection that conversations lie in."""
+MEMORIES = "memories"
+"""Name of the collection of what agents were told to remember."""
+STORE = "store"
+"""Name of the collection of what LangGraph's graphs keep."""
+PRIVATE = (COLLECTION, MEMORIES, STORE)
+"""Collections of what people said, which no server shows unless it is asked for one of them alone."""
 WHOLE = "message"
 """Key of the metadata with the message as it was."""
 _YEAR_10000 = 253_402_300_800  # seconds since 1970, from where on a date has no four digits for its year

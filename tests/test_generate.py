@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 from memory_models import tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from l2m_rag import models
+from l2m_rag.config import Settings
 from l2m_rag.errors import ModelError
 from l2m_rag.generate import Decoder
 from l2m_rag.spans import LENGTH_POWER
@@ -143,3 +146,15 @@ def test_cut_gives_a_beginning_of_at_most_so_many_tokens(decoder: Decoder) -> No
 def test_a_model_that_is_not_there_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="could not be loaded from"):
         Decoder(tmp_path / "nothing", name="nothing")
+
+
+def test_models_are_loaded_once_whichever_threads_ask(embedder: Path, language_model: Path) -> None:
+    named = Settings(embedder=str(embedder), model=str(language_model), threads=1)
+    models._load_embedder.cache_clear()
+    models._load_decoder.cache_clear()
+    with ThreadPoolExecutor(8) as pool:
+        embedders = list(pool.map(lambda _: models.load_embedder(named), range(8)))
+        decoders = list(pool.map(lambda _: models.load_language_model(named), range(8)))
+        vectors = list(pool.map(lambda n: embedders[n].encode([f"the rent {n}"] * 3), range(8)))
+    assert len({id(one) for one in embedders}) == len({id(one) for one in decoders}) == 1
+    assert all((one[0] == one[1]).all() for one in vectors)

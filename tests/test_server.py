@@ -45,6 +45,7 @@ from l2m_rag.errors import (
     WeightsError,
 )
 from l2m_rag.memory_tiers.records import Passage
+from l2m_rag.memory_tiers.texts import Text
 from l2m_rag.qa import Answer
 from l2m_rag.server import worker
 from l2m_rag.server.guard import LONGEST_BODY, Guard, bind, server_names, url
@@ -286,6 +287,20 @@ def test_one_collection_can_be_all_that_is_shown(serve: Serve, served: Settings)
     assert message == "there is no collection 'letters'; there are: contracts"
     fault(client.get("/v1/models/l2m/letters"), 404, "collection_not_found")
     assert client.post("/ask", json=ASKED).status_code == 200
+
+
+def test_what_people_said_is_shown_only_when_it_is_asked_for_alone(tmp_path: Path, embedder: Path) -> None:
+    settings = Settings(home=tmp_path / "home", embedder=str(embedder))
+    for name in ("conversations", "memories", "open"):
+        l2m_rag.collection.open(name, settings=settings).put([Text("1", "Rosa lives in Porto.")])
+    library = Library(settings)
+    assert library.names() == ["open"]
+    for name in ("conversations", "memories"):
+        with pytest.raises(CollectionNotFound):
+            library.search("Rosa", collection=name)
+    alone = Library(settings, only="conversations")
+    assert alone.names() == ["conversations"]
+    assert len(alone.search("Rosa", collection="conversations")) == 1
 
 
 def test_every_response_forbids_what_it_does_not_need(serve: Serve) -> None:

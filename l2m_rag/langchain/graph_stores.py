@@ -15,6 +15,7 @@ from langchain_core.runnables import run_in_executor
 from l2m_rag.collection import Collection
 from l2m_rag.collection import open as open_collection
 from l2m_rag.config import Settings
+from l2m_rag.conversation import STORE
 from l2m_rag.errors import MissingExtraError, UsageError
 from l2m_rag.langchain.documents import where_of
 from l2m_rag.langchain.keyed import NO_WORDS, named
@@ -107,7 +108,7 @@ class L2MStore(BaseStore):
 
     def __init__(
         self,
-        collection: str | Collection = "store",
+        collection: str | Collection = STORE,
         *,
         fields: Sequence[str] | None = None,
         mode: Mode = "hybrid",

@@ -14,6 +14,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from l2m_rag.collection import Collection
 from l2m_rag.collection import open as open_collection
+from l2m_rag.conversation import MEMORIES
 from l2m_rag.errors import L2MError, UsageError
 from l2m_rag.langchain.documents import document_of
 from l2m_rag.memory_tiers.texts import Text
@@ -62,7 +63,7 @@ class L2MToolkit(BaseToolkit):
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
     collection: str | Collection = "default"
-    memory: str | Collection = "memories"
+    memory: str | Collection = MEMORIES
     user: str = Field(default="default", min_length=1)
 
     @model_validator(mode="after")

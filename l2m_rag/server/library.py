@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import l2m_rag.collection
 import l2m_rag.models
 from l2m_rag.config import COLLECTION_NAME, Settings
+from l2m_rag.conversation import PRIVATE
 from l2m_rag.errors import CollectionNotFound, L2MError
 from l2m_rag.memory_tiers.long_term import Mode, read_manifest
 from l2m_rag.memory_tiers.places import Where, place_of
@@ -59,9 +60,12 @@ class Library:
         self._opened: dict[str, tuple[str | None, Collection]] = {}
 
     def names(self) -> list[str]:
-        """Give the names of the collections; damaged ones are among them."""
+        """Give the names of the collections; damaged ones are among them, those of what people said are not."""
         names = place_of(self.settings.home / "collections").holding("manifest.json")
-        return sorted(name for name in names if COLLECTION_NAME.fullmatch(name) and self._only in (None, name))
+        return sorted(name for name in names if COLLECTION_NAME.fullmatch(name) and self._shows(name))
+
+    def _shows(self, name: str) -> bool:
+        return name not in PRIVATE if self._only is None else name == self._only
 
     def made_at(self, name: str) -> int:
         """Give when a collection was made, in seconds since 1970; 0 when that cannot be read."""
@@ -145,7 +149,7 @@ class Library:
     def _found(self, name: str | None) -> Where:
         name = self.settings.collection if name is None else name
         collection = l2m_rag.collection.open(name, settings=self.settings)  # checks the name
-        if self._only not in (None, name) or not collection.exists():
+        if not self._shows(name) or not collection.exists():
             here = ", ".join(self.names()[:20]) or "none"
             raise CollectionNotFound(f"there is no collection {name!r}; there are: {here}")
         return collection.path
