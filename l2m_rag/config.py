@@ -123,7 +123,7 @@ class Settings:
     """
 
     home: Path | Url = field(default_factory=default_home)
-    """Folder of collections, weights and sessions; or s3://BUCKET/PREFIX, where only collections lie."""
+    """Folder of collections (sessions are one) and weights; or s3://BUCKET/PREFIX, where only collections lie."""
 
     models: Path | None = None
     """Folder of the weights; `models` in the home when not set, or in the platform's folder if that is not here."""
@@ -198,7 +198,7 @@ class Settings:
 
     @property
     def data(self) -> Path:
-        """Folder of what lies on this machine in any case, such as weights and sessions: the home, if it does."""
+        """Folder of what lies on this machine in any case, such as weights: the home, if it does."""
         return self.home if isinstance(self.home, Path) else default_home()
 
 

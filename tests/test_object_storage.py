@@ -443,8 +443,11 @@ def test_the_command_line_works_on_object_storage(
     assert found[home] == found[tmp_path / "home"]
     assert found[home][0]["hits"]
     assert told("ask", "What is the rent?", "--file", docs / "lease.md", "--session", "s")["citations"]
-    assert [path.name for path in (tmp_path / "data" / "l2m" / "sessions").iterdir()] == ["s.jsonl"]
-    assert [one["name"] for one in told("collections", "list")["collections"]] == ["x"]
+    (said, _) = told("sessions", "show", "s")["messages"]
+    assert said["text"] == "human: What is the rent?"
+    assert told("sessions", "forget", "s", "--all")["forgotten"][0] == said
+    assert told("sessions", "list") == {"sessions": []}
+    assert [one["name"] for one in told("collections", "list")["collections"]] == ["conversations", "x"]
     assert told("collections", "info", "x")["path"] == f"{home}/collections/x"
     assert told("collections", "verify", "x")["ok"]
     assert told("collections", "repair", "x")["repaired"] == ["built the search indexes again"]
@@ -461,7 +464,7 @@ def test_the_command_line_works_on_object_storage(
     assert checks["home"]["ok"]
     assert checks["home"]["detail"] == f"{home} can be written"
     assert checks["collection y"]["ok"]
-    assert all(path.startswith("collections/y/") for path, _ in Prefix(home).files())
+    assert all(path.startswith(("collections/y/", "collections/conversations/")) for path, _ in Prefix(home).files())
 
 
 # -- what goes wrong
