@@ -12,13 +12,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from l2m_rag.collection import Collection
 from l2m_rag.errors import UsageError
-from l2m_rag.memory_tiers.records import Passage
 from l2m_rag.memory_tiers.texts import Text, text_of
 from l2m_rag.owned import OwnedTexts
+
+if TYPE_CHECKING:
+    from l2m_rag.collection import Collection
+    from l2m_rag.memory_tiers.records import Passage
 
 COLLECTION = "conversations"
 """Name of the collection that conversations lie in."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from l2m_rag.collection import Collection
-from l2m_rag.memory_tiers.records import Passage
 from l2m_rag.memory_tiers.texts import Text, equals
+
+if TYPE_CHECKING:
+    from l2m_rag.collection import Collection
+    from l2m_rag.memory_tiers.records import Passage
 
 
 class OwnedTexts:
