@@ -50,15 +50,16 @@ class LoadError(L2MError):
 
     Args:
         reason: why, one of `REASONS`.
-        detail: one sentence for the person who owns the file.
+        detail: one sentence for the person who owns the file; what names and bytes of the file bring into it is made
+            printable.
     """
 
     code = 3
 
     def __init__(self, reason: Reason, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
         self.reason: Reason = reason
-        self.detail = detail
+        self.detail = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in detail)
+        super().__init__(f"{reason}: {self.detail}")
 
 
 class MissingExtraError(L2MError, ImportError):

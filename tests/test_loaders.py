@@ -840,6 +840,16 @@ def test_whatever_the_bytes_there_is_text_or_a_reason(tmp_path: Path, data: byte
     assert isinstance(result, Parsed) or result.detail.isprintable()
 
 
+def test_a_name_in_an_archive_cannot_write_to_the_terminal(tmp_path: Path) -> None:
+    data = epub_file().replace(b"OEBPS/c.opf", b"\x1bEBPS/c.opf")
+    before, _, behind = data.rpartition(b"OEBPS/text/one")  # in the directory of the archive, not in the header
+    result = outcome(tmp_path, "file.epub", before + b"\x1bEBPS/text/one" + behind)
+    assert isinstance(result, LoadError)
+    assert "EBPS/text/one" in result.detail
+    assert result.detail.isprintable()
+    assert str(result).isprintable()
+
+
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     text=st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0")),
