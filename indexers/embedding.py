@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import RLock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -22,6 +22,23 @@ Span = tuple[int, int]
 
 _TOKENS_PER_BATCH = 2048  # few enough to stay in a processor's cache
 _TOKENS_PER_BATCH_GPU = 65_536
+
+
+class Encoder(Protocol):
+    """What makes the vectors of a collection.
+
+    Args:
+        name: by which the collection remembers it.
+        fingerprint: of what it gives; another one is refused.
+        dimension: of its vectors.
+    """
+
+    name: str
+    fingerprint: str
+    dimension: int
+
+    def encode(self, texts: Sequence[str]) -> Vectors:
+        """Give the vectors of texts, (N, dimension) float32."""
 
 
 class Embedder:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from l2m_rag import qa
 from l2m_rag.config import LONGEST_QUESTION, Settings, check_name, load_settings
@@ -31,14 +31,13 @@ from l2m_rag.errors import (
 )
 from l2m_rag.memory_tiers.places import Where, place_of, writing
 from l2m_rag.memory_tiers.records import HOUR, Passage, merged
-from l2m_rag.models import load_embedder, load_language_model
+from l2m_rag.models import cosines, load_embedder, load_language_model
 from l2m_rag.weights import DEFAULT_EMBEDDER
 
 if TYPE_CHECKING:
-    from l2m_rag.indexers.embedding import Embedder
+    from l2m_rag.indexers.embedding import Embedder, Encoder
     from l2m_rag.indexers.pipeline import IngestReport, Limits, Progress
     from l2m_rag.indexers.ray_ingest import RayWorkers
-    from l2m_rag.memory_tiers.lance_store import Vectors
     from l2m_rag.memory_tiers.long_term import Fusion, LongTermTier, Mode
     from l2m_rag.memory_tiers.records import DocumentRow
     from l2m_rag.memory_tiers.state_table import StateFormat
@@ -100,23 +99,6 @@ class VerifyReport:
     problems: list[str] = field(default_factory=list)
     documents: int = 0
     chunks: int = 0
-
-
-class Encoder(Protocol):
-    """What makes the vectors of a collection.
-
-    Args:
-        name: by which the collection remembers it.
-        fingerprint: of what it gives; another one is refused.
-        dimension: of its vectors.
-    """
-
-    name: str
-    fingerprint: str
-    dimension: int
-
-    def encode(self, texts: Sequence[str]) -> Vectors:
-        """Give the vectors of texts, (N, dimension) float32."""
 
 
 class Collection:
@@ -401,8 +383,7 @@ class Collection:
 
     def closeness(self, question: str, texts: Sequence[str]) -> list[float]:
         """Give the cosine of a question with each of some texts."""
-        vectors = self._embedder().encode([question, *texts])
-        return [float(cosine) for cosine in vectors[1:] @ vectors[0]]
+        return cosines(self._embedder(), question, texts)
 
     def text(self, document: str) -> str:
         """Give the text of a document, each character at its offset; white space between chunks becomes line breaks.
@@ -489,7 +470,7 @@ class Collection:
 
         Args:
             older_than: seconds for which versions are kept, for those who have them open. With 0 nothing is left on
-                the disk of what was deleted.
+                the disk of the documents and texts that were deleted.
         """
         with writing(self._existing()):
             tier = self._newest()

@@ -113,6 +113,7 @@ class Conversation:
             return found
         texts = self.texts()
         place = {text.id: number for number, text in enumerate(texts)}
+        found = [one for one in found if one.id in place]  # another program may have deleted some meanwhile
         near = [texts[max(0, place[one.id] - around) : place[one.id] + around + 1] for one in found]
         return [
             replace(one, text="\n".join(f"[{day_of(text)}] {text.text}" for text in beside))

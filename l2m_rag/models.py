@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from l2m_rag.config import Settings
     from l2m_rag.endpoint import Endpoint
     from l2m_rag.generate import Decoder
-    from l2m_rag.indexers.embedding import Embedder
+    from l2m_rag.indexers.embedding import Embedder, Encoder
     from l2m_rag.reader import MemoryReader
 
 
@@ -28,9 +28,12 @@ def load_embedder(settings: Settings) -> Embedder:
 
 def closeness(settings: Settings, text: str, others: Sequence[str]) -> list[float]:
     """Give the cosine of a text with each of some others, by the embedder of the settings."""
-    if not others:
-        return []
-    vectors = load_embedder(settings).encode([text, *others])
+    return cosines(load_embedder(settings), text, others) if others else []
+
+
+def cosines(encoder: Encoder, text: str, others: Sequence[str]) -> list[float]:
+    """Give the cosine of a text with each of some others, by an encoder of unit vectors."""
+    vectors = encoder.encode([text, *others])
     return [float(cosine) for cosine in vectors[1:] @ vectors[0]]
 
 

@@ -325,7 +325,8 @@ class LongTermTier:
     def compact(self, older_than: float = HOUR) -> None:
         """Merge small files, drop versions older than some seconds, and bring the indexes up to date.
 
-        With 0 nothing is left on the disk of what was deleted; who has an older version open must open it again.
+        With 0 nothing is left on the disk of the documents and texts that were deleted; who has an older version open
+        must open it again.
 
         Raises:
             DiskFullError: the disk has no room for it; nothing was changed.

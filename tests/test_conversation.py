@@ -77,6 +77,15 @@ def test_what_was_told_is_read_with_its_day_and_only_in_its_session(kept: Collec
     assert found.chunk.id in read
 
 
+def test_what_is_forgotten_while_it_is_recalled_is_left_out(kept: Collection, monkeypatch: pytest.MonkeyPatch) -> None:
+    talk = Conversation("ada", kept)
+    talk.add([Said("human", "Rosa lives in Porto."), Said("human", "Rosa is a painter.")], MAY)
+    (stays, _) = talk.texts()
+    monkeypatch.setattr(talk, "texts", lambda: [stays])  # as if the other were deleted between search and reading
+    (found,) = talk.recall("Rosa", around=1)
+    assert (found.id, found.text) == (stays.id, "[8 May 2023] human: Rosa lives in Porto.")
+
+
 def test_passages_of_another_search_stand_where_their_cosine_puts_them() -> None:
     def passage(name: str, score: float, dense: float | None) -> Passage:
         return Passage(Chunk(name, name, 0, None, "", 0, 1, "x"), score, dense)

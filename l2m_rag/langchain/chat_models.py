@@ -30,7 +30,7 @@ from l2m_rag.config import Settings, load_settings
 from l2m_rag.constrained import Guide, is_asked, needed
 from l2m_rag.errors import ModelError, UsageError
 from l2m_rag.generate import Decoder
-from l2m_rag.langchain.messages import Asked, asked, citation, documents_of, passages, told, turns
+from l2m_rag.langchain.messages import Asked, asked, citation, documents_of, passages, told, turns, with_cosines
 from l2m_rag.langchain.pieces import block, last, pieces_of, until, usage
 from l2m_rag.langchain.tool_choice import choose
 from l2m_rag.memory_tiers.records import Passage
@@ -428,8 +428,7 @@ def _schema(response_format: Any) -> Mapping[str, Any] | None:
 
 def _ranked(settings: Settings, question: str, found: Sequence[Passage]) -> list[Passage]:
     """Give passages with their cosines as scores, best first."""
-    close = closeness(settings, question, [one.chunk.text for one in found])
-    return sorted((Passage(one.chunk, c, c) for one, c in zip(found, close, strict=True)), key=lambda one: -one.score)
+    return sorted(with_cosines(settings, question, found), key=lambda one: -one.score)
 
 
 def _stripped(arguments: str) -> str:

@@ -12,13 +12,15 @@ from langchain_core.documents import Document
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.messages.content import Citation, create_citation
 
+from l2m_rag.config import Settings
 from l2m_rag.conversation import day_of
 from l2m_rag.errors import UsageError
 from l2m_rag.memory_tiers.records import Chunk, Passage
 from l2m_rag.memory_tiers.texts import Text
+from l2m_rag.models import closeness
 
 REMEMBERED = "Said before, with its day:"
-"""What a message of the system holds before lines of `remember`."""
+"""What a message of the system holds before lines of `remembering`."""
 _LINE = re.compile(r"\[(\d{1,2} \w+ \d{4})\] (?:human: )?(.+)")
 _UNREAD = ("image", "audio", "video", "file", "image_url", "input_audio", "document", "media")
 
@@ -71,7 +73,7 @@ def remembered(text: str) -> list[Passage]:
     _, _, told = text.partition(REMEMBERED)
     found = [match for line in told.splitlines() if (match := _LINE.fullmatch(line))]
     return [
-        Passage(Chunk(f"said:{n}", f"said on {match[1]}", n, None, "", 0, len(match[2]), match[2]), 1.0 / (1 + n))
+        Passage(Chunk(f"said:{n}", f"said on {match[1]}", n, None, "", 0, len(match[2]), match[2]), 0.0)
         for n, match in enumerate(found)
     ]
 
@@ -149,7 +151,7 @@ def passages(results: Sequence[ToolMessage]) -> list[Passage]:
 
 
 def passage_of(document: Document, at: int, name: str = "") -> Passage:
-    """Give a document as a passage to read.
+    """Give a document as a passage to read, which no search has scored.
 
     Args:
         document: that was found.
@@ -170,4 +172,10 @@ def passage_of(document: Document, at: int, name: str = "") -> Passage:
         start + len(text),
         text,
     )
-    return Passage(made, 1.0 / (1 + at))
+    return Passage(made, 0.0)
+
+
+def with_cosines(settings: Settings, question: str, found: Sequence[Passage]) -> list[Passage]:
+    """Give passages with their cosines to a question, as scores too."""
+    close = closeness(settings, question, [one.chunk.text for one in found])
+    return [Passage(one.chunk, cosine, cosine) for one, cosine in zip(found, close, strict=True)]

@@ -14,7 +14,7 @@ from l2m_rag import answerability, qa
 from l2m_rag.config import Settings, load_settings
 from l2m_rag.errors import UsageError
 from l2m_rag.evidence import rank_sentences
-from l2m_rag.langchain.messages import passage_of
+from l2m_rag.langchain.messages import passage_of, with_cosines
 from l2m_rag.memory_tiers.records import Passage
 from l2m_rag.models import closeness, load_language_model
 
@@ -71,11 +71,8 @@ class L2MReranker(BaseDocumentCompressor):
             return []
         qa.check_question(query)
         settings = self.settings or load_settings()[0]
-        compare = partial(closeness, settings)
-        found = [passage_of(document, number) for number, document in enumerate(documents)]
-        cosines = compare(query, [document.page_content for document in documents])
-        found = [Passage(one.chunk, cosine, cosine) for one, cosine in zip(found, cosines, strict=True)]
-        scores = self._read(query, found, settings) if self.by == "reader" else _sentences(query, found, compare)
+        found = with_cosines(settings, query, [passage_of(one, at) for at, one in enumerate(documents)])
+        scores = self._read(query, found, settings) if self.by == "reader" else _sentences(query, found, settings)
         order = sorted(range(len(documents)), key=lambda at: -scores[at])[: self.top_n]
         return [
             documents[at].model_copy(update={"metadata": {**documents[at].metadata, SCORE: scores[at]}}) for at in order
@@ -97,9 +94,9 @@ class L2MReranker(BaseDocumentCompressor):
         return scores
 
 
-def _sentences(query: str, found: Sequence[Passage], compare: Any) -> list[float]:
+def _sentences(query: str, found: Sequence[Passage], settings: Settings) -> list[float]:
     """Give how well the best sentence of each document fits."""
     best = [-1.0] * len(found)
-    for sentence in rank_sentences(query, found, compare):
+    for sentence in rank_sentences(query, found, partial(closeness, settings)):
         best[sentence.passage] = max(best[sentence.passage], sentence.fit)
     return best

@@ -8,14 +8,13 @@ question goes rather to a tool that takes one (docs/langchain.md has how often t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from l2m_rag.constrained import ASKED
 from l2m_rag.errors import UsageError
+from l2m_rag.evidence import Closeness
 
-Closeness = Callable[[str, Sequence[str]], Sequence[float]]
-"""Gives the cosine of a text with each of some others."""
 _NAMED = 0.5  # for a message that holds all words of a tool's name
 _TAKES = 0.15  # for a question and a tool that takes one
 _ENOUGH = 0.25  # below which no tool is wanted
