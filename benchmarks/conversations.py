@@ -26,6 +26,7 @@ from langchain_core.vectorstores import InMemoryVectorStore
 from l2m_rag import qa
 from l2m_rag.collection import Collection
 from l2m_rag.config import Settings, load_settings
+from l2m_rag.conversation import line_of
 from l2m_rag.evaluate import half_width, sample, token_f1
 from l2m_rag.langchain import L2MChatMessageHistory, L2MEmbeddings
 from l2m_rag.memory_tiers.records import Chunk, Passage
@@ -33,6 +34,7 @@ from l2m_rag.models import load_embedder, load_language_model
 
 OURS, AROUND = "L2MChatMessageHistory", "the same, around=1"
 STORE, BESIDE = "InMemoryVectorStore", "the same, neighbours added"
+DATED = "the same, days written out"
 K, DEPTHS = 10, (1, 5, 10)
 PASSAGE = 256  # tokens; a window is read in pieces of whole turns that are no longer, as the reader has learnt
 
@@ -42,16 +44,24 @@ Found = list[tuple[list[str], str]]
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """A way of finding turns: by rank, or all that a window of so many tokens holds; is what it finds read, too?"""
+    """A way of finding turns: by rank, or all that a window of so many tokens holds.
+
+    Args:
+        find: gives what is found for a question.
+        window: tokens; 0 for ways that rank.
+        counted: is what it finds compared with the evidence?
+        read: is what it finds read?
+    """
 
     find: Callable[[str], Found]
     window: int = 0
+    counted: bool = True
     read: bool = True
 
 
 # -- ways --------------------------------------------------------------------------------------------------------------
 def ways(talk: Talk, kb: Collection, count: Callable[[str], int], windows: Sequence[int]) -> dict[str, Way]:
-    """Give the ways of finding turns of one conversation; what they give to read is written in the same form."""
+    """Give the ways of finding turns of one conversation; whatever they give to read begins with its day."""
     history = L2MChatMessageHistory(talk.name, kb)
     for at, told in groupby(talk.turns, key=lambda turn: turn.at):
         history.add_messages([_message(turn) for turn in told], at=at.timestamp())
@@ -62,11 +72,13 @@ def ways(talk: Talk, kb: Collection, count: Callable[[str], int], windows: Seque
     store = InMemoryVectorStore(L2MEmbeddings(settings=kb.settings))
     store.add_texts([text.text for text in stored], ids=[str(number) for number in range(len(stored))])
 
-    def alone(places: Iterable[int]) -> Found:
-        return [([turns[at].id], line(turns[at])) for at in places]
+    plain, dated = [line(turn) for turn in turns], [line_of(text) for text in stored]
+
+    def alone(places: Iterable[int], lines: Sequence[str]) -> Found:
+        return [([turns[at].id], lines[at]) for at in places]
 
     def ours(query: str) -> Found:
-        return alone(place[document.id or ""] for document in history.recall(query, K))
+        return alone((place[document.id or ""] for document in history.recall(query, K)), dated)
 
     def near(at: int) -> list[str]:
         return [turn.id for turn in turns[max(0, at - 1) : at + 2]]
@@ -75,17 +87,18 @@ def ways(talk: Talk, kb: Collection, count: Callable[[str], int], windows: Seque
         found = history.recall(query, K, around=1)
         return [(near(place[document.id or ""]), document.page_content) for document in found]
 
-    def vectors(query: str) -> Found:
-        return alone(int(document.id or "") for document in store.similarity_search(query, K))
+    def vectors(query: str, lines: Sequence[str] = plain) -> Found:
+        return alone((int(document.id or "") for document in store.similarity_search(query, K)), lines)
 
     def beside(query: str) -> Found:
         return [(near(int(document.id or "")), "") for document in store.similarity_search(query, K)]
 
     made = {OURS: Way(ours), AROUND: Way(around), STORE: Way(vectors), BESIDE: Way(beside, read=False)}
-    costs = [count(line(turn)) for turn in turns]
+    made[DATED] = Way(partial(vectors, lines=dated), counted=False)
+    costs = [count(one) for one in plain]
     for window in windows:
         pieces = pieces_of(costs, newest_of(costs, window), PASSAGE)
-        newest = [([turns[at].id for at in piece], "\n".join(line(turns[at]) for at in piece)) for piece in pieces]
+        newest = [([turns[at].id for at in piece], "\n".join(plain[at] for at in piece)) for piece in pieces]
         made[f"newest {window:,} tokens"] = Way(partial(_all, newest), window, read=window <= 2048)
     return made
 
@@ -112,7 +125,7 @@ def _all(found: Found, query: str) -> Found:
 
 
 def line(turn: Turn) -> str:
-    """Write a turn as `recall` writes neighbours."""
+    """Write a turn with its day, as it was said."""
     return f"[{turn.at.day} {turn.at:%B %Y}] {turn.by}: {turn.text}"
 
 
@@ -196,7 +209,7 @@ def measure(
                 for name, way in made.items():
                     found = way.find(one.text)
                     scores = {}
-                    for k in DEPTHS if one.evidence else ():
+                    for k in DEPTHS if one.evidence and way.counted else ():
                         scores[f"recall@{k}"] = recalled(found, one.evidence, None if way.window else k)
                     if id(one) in read and way.read:
                         evidence = found if way.window else found[: settings.passages]

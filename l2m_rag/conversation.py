@@ -11,9 +11,10 @@ import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import date, datetime
 from typing import TYPE_CHECKING, Any
 
+from l2m_rag.days import day, written_out
 from l2m_rag.errors import UsageError
 from l2m_rag.memory_tiers.texts import Text, text_of
 from l2m_rag.owned import OwnedTexts
@@ -105,7 +106,7 @@ class Conversation:
         Args:
             query: what to look for.
             k: most messages that are found.
-            around: messages before and behind each that are given with it, a line each that begins with its day; for
+            around: messages before and behind each that are given with it, a line each as `line_of` writes it; for
                 them the whole conversation is read.
         """
         found = [text_of(passage.chunk) for passage in self._ours.recall(query, k)]
@@ -116,19 +117,23 @@ class Conversation:
         found = [one for one in found if one.id in place]  # another program may have deleted some meanwhile
         near = [texts[max(0, place[one.id] - around) : place[one.id] + around + 1] for one in found]
         return [
-            replace(one, text="\n".join(f"[{day_of(text)}] {text.text}" for text in beside))
+            replace(one, text="\n".join(line_of(text) for text in beside))
             for one, beside in zip(found, near, strict=True)
         ]
 
     def statements(self, query: str, k: int) -> list[Passage]:
-        """Give what the user once told that fits a text best, as passages to read; questions are left out."""
+        """Give what the user once told that fits a text best, as passages to read; questions are left out.
+
+        The day that "yesterday" and its like stand for is written behind them.
+        """
         found = []
         for passage in self._ours.recall(query, 3 * k, by="human"):
             text = text_of(passage.chunk)
             _, _, words = text.text.partition(": ")
             if not words.rstrip().endswith("?"):
-                named = f"said on {day_of(text)}"
-                chunk = replace(passage.chunk, document=named, text=words, end=len(words))
+                on = _day_of(text)
+                words = written_out(words, on)
+                chunk = replace(passage.chunk, document=f"said on {day(on)}", text=words, end=len(words))
                 found.append(replace(passage, chunk=chunk))
         return found[:k]
 
@@ -147,7 +152,16 @@ def sessions(collection: Collection) -> dict[str, int]:
     return dict(sorted(Counter(str(text.metadata["chat"]) for text in texts).items()))
 
 
-def day_of(text: Text) -> str:
-    """Give the day on which a message was said, as "8 May 2023"."""
-    day = datetime.fromisoformat(text.metadata["said_at"])
-    return f"{day.day} {day:%B %Y}"
+def line_of(text: Text) -> str:
+    """Write a message for a reader who sees nothing else of the conversation: when it was said, by whom, and what.
+
+    Returns:
+        "[8 May 2023] human: I met Rosa yesterday [7 May 2023]."; line breaks become spaces.
+    """
+    on = _day_of(text)
+    return f"[{day(on)}] {' '.join(written_out(text.text, on).split())}"
+
+
+def _day_of(text: Text) -> date:
+    """Give the day on which a message was said, where this runs."""
+    return datetime.fromisoformat(text.metadata["said_at"]).astimezone().date()

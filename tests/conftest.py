@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from l2m_rag import models, weights
 from l2m_rag.config import Settings
 
 Vectors = np.ndarray[tuple[int, int], np.dtype[np.float32]]
@@ -44,6 +45,20 @@ class HashingEmbedder:
 @pytest.fixture
 def hashing() -> HashingEmbedder:
     return HashingEmbedder()
+
+
+@pytest.fixture
+def by_hashing(hashing: HashingEmbedder, monkeypatch: pytest.MonkeyPatch) -> HashingEmbedder:
+    """It is the embedder of every collection, whatever the settings name."""
+    monkeypatch.setattr(models, "_load_embedder", lambda *_: hashing)
+    return hashing
+
+
+@pytest.fixture(scope="session")
+def default_weights() -> None:
+    """Skips what needs the models that are downloaded."""
+    if any(weights.verify(name, Settings()).state != "present" for name in weights.PACKAGES):
+        pytest.skip("the default weights are not here; run: l2m models pull")
 
 
 @pytest.fixture(scope="session")

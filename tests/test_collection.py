@@ -41,6 +41,7 @@ from l2m_rag.errors import (
 )
 from l2m_rag.memory_tiers.places import writing
 
+pytestmark = pytest.mark.usefixtures("by_hashing")
 TEXTS = {
     "lease.txt": "The lease of the red house ends on 30 April 2029.\n\nThe tenant pays the rent each month.",
     "farm/sheep.txt": "There are forty sheep on the farm.\n\nThe shepherd counts the sheep each night.",
@@ -64,12 +65,6 @@ def settings(tmp_path: Path) -> Settings:
 
 def settings_in(home: Path) -> Settings:
     return Settings(home=home, embedder="hashing", chunk_size=12, chunk_overlap=0)
-
-
-@pytest.fixture(autouse=True)
-def made(hashing: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(models, "_load_embedder", lambda *_: hashing)
-    return hashing
 
 
 @pytest.fixture
@@ -330,12 +325,12 @@ def test_a_power_cut_that_emptied_the_newest_manifests_costs_one_commit(
 # -- what was made otherwise
 
 
-def test_another_embedder_is_refused(kb: Collection, made: Any, docs: Path) -> None:
+def test_another_embedder_is_refused(kb: Collection, by_hashing: Any, docs: Path) -> None:
     other = library.open("x", settings=replace(kb.settings, embedder="other"))
     for use in (lambda: other.search("sheep"), lambda: other.ingest(docs)):
         with pytest.raises(IncompatibleError, match=r"made with the embedder 'hashing'; the settings say 'other'"):
             use()
-    made.fingerprint = "fedcba9876543210"
+    by_hashing.fingerprint = "fedcba9876543210"
     (docs / "new.txt").write_text("A zebra.")
     for use in (lambda: kb.search("sheep"), lambda: kb.ingest(docs)):
         with pytest.raises(IncompatibleError, match=r"other weights of 'hashing' \(0123456789abcdef, 32-d; now fedc"):
@@ -390,15 +385,15 @@ def test_data_without_a_manifest_is_never_written_over(kb: Collection, docs: Pat
 # -- export and import
 
 
-def test_an_export_comes_back_as_it_was(kb: Collection, docs: Path, made: Any, tmp_path: Path) -> None:
+def test_an_export_comes_back_as_it_was(kb: Collection, docs: Path, by_hashing: Any, tmp_path: Path) -> None:
     (docs / "empty.txt").touch()
     kb.ingest(docs)
     assert kb.export(tmp_path / "x.l2m") == tmp_path / "x.l2m"
     copy = import_collection(tmp_path / "x.l2m", "copy", kb.settings)
     assert content(copy) == content(kb)
     assert copy.verify().ok
-    made.encoded.clear()
-    assert (copy.ingest(docs).unchanged, made.encoded) == (3, [])
+    by_hashing.encoded.clear()
+    assert (copy.ingest(docs).unchanged, by_hashing.encoded) == (3, [])
     assert {path.name for path in folder_of(copy).iterdir()} == {"hot", "manifest.json", "tables", "writer.lock"}
     assert {path.name for path in folder_of(copy).parent.iterdir()} == {"x", "copy"}
     assert {path.name for path in tmp_path.iterdir()} == {"docs", "home", "x.l2m"}

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
 import l2m_rag
-from l2m_rag import models
 from l2m_rag.cli.main import app
 from l2m_rag.collection import Collection
 from l2m_rag.config import Settings
-from l2m_rag.conversation import COLLECTION, Conversation, Said, sessions
+from l2m_rag.conversation import COLLECTION, Conversation, Said, line_of, sessions
 from l2m_rag.errors import UsageError
 from l2m_rag.langchain import L2MChatMessageHistory
 from l2m_rag.memory_tiers.records import Chunk, Passage, merged
 
+pytestmark = pytest.mark.usefixtures("by_hashing")
 MAY, JUNE = 1_683_504_000.0, 1_686_182_400.0  # 8 May and 8 June 2023
-
-
-@pytest.fixture(autouse=True)
-def made(hashing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "_load_embedder", lambda *_: hashing)
 
 
 @pytest.fixture
@@ -75,6 +70,27 @@ def test_what_was_told_is_read_with_its_day_and_only_in_its_session(kept: Collec
     )
     read = {one["chunk_id"] for step in answer.steps for one in step["read"]}  # type: ignore[attr-defined]
     assert found.chunk.id in read
+
+
+def test_days_that_words_stand_for_are_told_where_the_program_runs(
+    kept: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talk = Conversation("ada", kept)
+    talk.add([Said("human", "Rosa came\nyesterday.", "Ada"), Said("ai", "Good.")], MAY + 16 * 3600)
+    (found,) = talk.statements("Who came?", 4)
+    assert found.chunk.text == "Rosa came\nyesterday [7 May 2023]."
+    assert len(found.chunk.text) == found.chunk.end
+    assert talk.recall("Rosa", 1)[0].text == "Ada: Rosa came\nyesterday."  # as it was said
+    (near,) = talk.recall("Rosa", 1, around=1)
+    assert near.text == "[8 May 2023] Ada: Rosa came yesterday [7 May 2023].\n[8 May 2023] ai: Good."
+    monkeypatch.setenv("TZ", "Asia/Tokyo")  # where it is one in the morning of the next day
+    time.tzset()
+    try:
+        assert line_of(found_text := talk.texts()[0]).startswith("[9 May 2023] Ada: Rosa came yesterday [8 May 2023]")
+        assert found_text.metadata["said_at"] == "2023-05-08T16:00:00+00:00"
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def test_what_is_forgotten_while_it_is_recalled_is_left_out(kept: Collection, monkeypatch: pytest.MonkeyPatch) -> None:

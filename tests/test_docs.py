@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import typer
 
-from l2m_rag import errors, weights
+from l2m_rag import errors
 from l2m_rag.cli.main import app
 from l2m_rag.config import load_settings
 
@@ -82,10 +82,9 @@ def test_links_of_the_documents_lead_somewhere() -> None:
     assert missing == []
 
 
+@pytest.mark.usefixtures("default_weights")
 def test_the_python_of_the_readme_runs(tmp_path: Path) -> None:
     settings = load_settings()[0]
-    if any(weights.verify(name, settings).state != "present" for name in weights.PACKAGES):
-        pytest.skip("the default weights are not here; run: l2m models pull")
     (code,) = [block for kind, block in _BLOCK.findall(README.read_text()) if kind == "python"]
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "lease.txt").write_text("The lease of the lighthouse flat ends on 30 April 2029.")

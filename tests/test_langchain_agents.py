@@ -19,10 +19,8 @@ from l2m_rag.collection import Collection
 from l2m_rag.config import Settings
 from l2m_rag.errors import UsageError
 from l2m_rag.langchain import ChatL2M, L2MChatMessageHistory, L2MMemoryMiddleware, L2MStore, L2MToolkit
-from l2m_rag.weights import DEFAULT_DECODER, DEFAULT_EMBEDDER, verify
 
-WEIGHTS = all(verify(name, Settings()).state == "present" for name in (DEFAULT_DECODER, DEFAULT_EMBEDDER))
-pytestmark = pytest.mark.skipif(not WEIGHTS, reason="the default weights are not here: l2m models pull")
+pytestmark = pytest.mark.usefixtures("default_weights")
 LEASE = (
     "The lease of the red house begins on 1 May 2024 and ends on 30 April 2029. The landlord is Bolt GmbH. "
     "The deposit is 1,800 euros and is paid back within 60 days. Pets need written permission of the landlord."

@@ -29,17 +29,13 @@ from l2m_rag.langchain.messages import passages, remembered, told, turns
 from l2m_rag.langchain.pieces import until
 from l2m_rag.langchain.tool_choice import choose
 
+pytestmark = pytest.mark.usefixtures("by_hashing")
 TEXT = "The lease of the red house ends on 30 April 2029. The tenant pays the rent each month."
 FEW = settings(
     max_examples=12,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
-
-
-@pytest.fixture(autouse=True)
-def made(hashing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "_load_embedder", lambda *_: hashing)
 
 
 @pytest.fixture

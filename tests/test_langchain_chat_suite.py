@@ -11,9 +11,7 @@ from langchain_tests.unit_tests import ChatModelUnitTests
 
 from l2m_rag.config import Settings
 from l2m_rag.langchain import ChatL2M
-from l2m_rag.weights import DEFAULT_DECODER, DEFAULT_EMBEDDER, verify
-
-WEIGHTS = all(verify(name, Settings()).state == "present" for name in (DEFAULT_DECODER, DEFAULT_EMBEDDER))
+from l2m_rag.weights import DEFAULT_DECODER
 
 
 class TestUnit(ChatModelUnitTests):
@@ -34,7 +32,7 @@ class TestUnit(ChatModelUnitTests):
         return {"L2M_MODEL": "/models/ours"}, {}, {"model_name": "/models/ours"}
 
 
-@pytest.mark.skipif(not WEIGHTS, reason="the default weights are not here: l2m models pull")
+@pytest.mark.usefixtures("default_weights")
 class TestIntegration(ChatModelIntegrationTests):
     @property
     def chat_model_class(self) -> type[BaseChatModel]:

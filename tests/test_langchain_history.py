@@ -16,13 +16,13 @@ from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder
 from langchain_core.runnables.history import RunnableWithMessageHistory
 
 import l2m_rag
-from l2m_rag import models
 from l2m_rag.collection import Collection
 from l2m_rag.config import Settings
 from l2m_rag.errors import UsageError
 from l2m_rag.langchain import L2MChatMessageHistory
 from l2m_rag.memory_tiers.texts import Text
 
+pytestmark = pytest.mark.usefixtures("by_hashing")
 MESSAGES: list[BaseMessage] = [
     SystemMessage("Be brief."),
     HumanMessage("My sister Rosa has moved to Porto.", additional_kwargs={"lc": 1, "type": "constructor"}),
@@ -30,11 +30,6 @@ MESSAGES: list[BaseMessage] = [
     ToolMessage("kept", tool_call_id="1"),
     AIMessage([{"type": "text", "text": "I will keep that in mind."}]),
 ]
-
-
-@pytest.fixture(autouse=True)
-def made(hashing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "_load_embedder", lambda *_: hashing)
 
 
 @pytest.fixture

@@ -10,20 +10,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from langchain_core.documents import Document
 
-from l2m_rag import models
 from l2m_rag.config import Settings
 from l2m_rag.errors import UsageError
 from l2m_rag.langchain import L2MReranker
-from l2m_rag.weights import DEFAULT_DECODER, DEFAULT_EMBEDDER, verify
 
-WEIGHTS = all(verify(name, Settings()).state == "present" for name in (DEFAULT_DECODER, DEFAULT_EMBEDDER))
 OTHER = "The cat sleeps on the sofa. It is grey."
 RIGHT = "The landlord of the red house is Bolt GmbH. The rent is paid each month."
 
 
 @pytest.fixture
-def by_sentences(hashing: Any, language_model: Path, monkeypatch: pytest.MonkeyPatch) -> L2MReranker:
-    monkeypatch.setattr(models, "_load_embedder", lambda *_: hashing)
+def by_sentences(by_hashing: Any, language_model: Path) -> L2MReranker:
     return L2MReranker(by="sentences", settings=Settings(embedder="hashing", model=str(language_model), threads=1))
 
 
@@ -48,7 +44,7 @@ def test_the_sentence_that_fits_best_counts(by_sentences: L2MReranker) -> None:
     assert [one.page_content for one in found] == [RIGHT, OTHER]
 
 
-@pytest.mark.skipif(not WEIGHTS, reason="the default weights are not here: l2m models pull")
+@pytest.mark.usefixtures("default_weights")
 async def test_what_holds_the_answer_comes_first() -> None:
     reranker = L2MReranker(top_n=None, by="reader", settings=Settings(threads=1))
     documents = [Document(OTHER), Document("The house is red. Who its landlord is was never told."), Document(RIGHT)]

@@ -14,11 +14,12 @@ from langchain_tests.unit_tests import ToolsUnitTests
 from pydantic import ValidationError
 
 import l2m_rag
-from l2m_rag import models, qa
+from l2m_rag import qa
 from l2m_rag.collection import Collection
 from l2m_rag.config import Settings
 from l2m_rag.langchain import L2MToolkit
 
+pytestmark = pytest.mark.usefixtures("by_hashing")
 TEXT = "The lease of the red house ends on 30 April 2029. The tenant pays the rent each month."
 EXAMPLES: dict[str, dict[str, Any]] = {
     "search_documents": {"query": "When does the lease end?", "k": 2},
@@ -28,11 +29,6 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "recall": {"query": "Where does Ada's sister live?"},
     "forget": {"ids": ["no such id"]},
 }
-
-
-@pytest.fixture(autouse=True)
-def made(hashing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "_load_embedder", lambda *_: hashing)
 
 
 @pytest.fixture

