@@ -71,21 +71,21 @@ def test_what_was_said_is_found_again_with_its_date(kb: Collection) -> None:
 
 
 def test_a_conversation_of_another_time_is_kept_with_its_names_and_dates(kb: Collection) -> None:
-    history(kb).add_user_message("Said today.")
+    history(kb).add_user_message("Said now.")
     may = 1683554160.0  # 2023-05-08 13:56 UTC
     told = [HumanMessage(f"Line {number}.", name="Caroline") for number in range(5)]
     history(kb).add_messages([HumanMessage("I paint.", name="Melanie")], at=may + 3600)
     for message in told:  # all of one time, in calls of their own
         history(kb).add_messages([message], at=may)
     said = [message.text for message in history(kb).messages]
-    assert said == [*(message.text for message in told), "I paint.", "Said today."]
+    assert said == [*(message.text for message in told), "I paint.", "Said now."]
     (best,) = history(kb).recall("Melanie: I paint", k=1)
     assert best.page_content == "Melanie: I paint."
     assert best.metadata["said_at"] == "2023-05-08T14:56:00+00:00"
     (best,) = history(kb).recall("Melanie: I paint", k=1, around=1)
     before, here, behind = best.page_content.split("\n")
     assert (before, here) == ("[8 May 2023] Caroline: Line 4.", "[8 May 2023] Melanie: I paint.")
-    assert behind.endswith("] human: Said today.")
+    assert behind.endswith("] human: Said now.")
     (first,) = history(kb).recall("Caroline: Line 0", k=1, around=1)
     assert first.page_content == "[8 May 2023] Caroline: Line 0.\n[8 May 2023] Caroline: Line 1."
     for wrong in (-1.0, float("nan"), 1e18):
