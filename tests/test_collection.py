@@ -68,7 +68,7 @@ def settings_in(home: Path) -> Settings:
 
 
 @pytest.fixture
-def kb(settings: Settings, docs: Path) -> Collection:
+def kb(by_hashing: Any, settings: Settings, docs: Path) -> Collection:
     kb = library.open("x", settings=settings)
     assert kb.ingest(docs).added == 3
     return kb

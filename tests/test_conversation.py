@@ -23,7 +23,7 @@ MAY, JUNE = 1_683_504_000.0, 1_686_182_400.0  # 8 May and 8 June 2023
 
 
 @pytest.fixture
-def home(tmp_path: Path, language_model: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+def home(by_hashing: Any, tmp_path: Path, language_model: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     monkeypatch.setenv("L2M_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("L2M_EMBEDDER", "hashing")
     monkeypatch.setenv("L2M_MODEL", str(language_model))

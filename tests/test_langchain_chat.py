@@ -39,7 +39,7 @@ FEW = settings(
 
 
 @pytest.fixture
-def home(tmp_path: Path, language_model: Path) -> Settings:
+def home(by_hashing: Any, tmp_path: Path, language_model: Path) -> Settings:
     return Settings(
         home=tmp_path / "home",
         embedder="hashing",

@@ -33,7 +33,7 @@ MESSAGES: list[BaseMessage] = [
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Settings:
+def home(by_hashing: Any, tmp_path: Path) -> Settings:
     return Settings(home=tmp_path / "home", embedder="hashing")
 
 

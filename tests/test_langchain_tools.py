@@ -32,7 +32,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture
-def home(tmp_path: Path, language_model: Path) -> Settings:
+def home(by_hashing: Any, tmp_path: Path, language_model: Path) -> Settings:
     return Settings(
         home=tmp_path / "home", embedder="hashing", model=str(language_model), chunk_size=64, chunk_overlap=0
     )
