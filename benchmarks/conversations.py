@@ -2,7 +2,7 @@
 
 pip install -e '.[eval,langchain,train]'
 python benchmarks/conversations.py memorybank --plot docs/images/memory-by-age.png
-python benchmarks/conversations.py locomo --answers 60
+python benchmarks/conversations.py locomo --answers 100
 """
 
 from __future__ import annotations
@@ -80,20 +80,21 @@ def ways(talk: Talk, kb: Collection, count: Callable[[str], int], windows: Seque
     def ours(query: str) -> Found:
         return alone((place[document.id or ""] for document in history.recall(query, K)), dated)
 
-    def near(at: int) -> list[str]:
-        return [turn.id for turn in turns[max(0, at - 1) : at + 2]]
+    def near(at: int) -> slice:
+        return slice(max(0, at - 1), at + 2)
 
     def around(query: str) -> Found:
-        found = history.recall(query, K, around=1)
-        return [(near(place[document.id or ""]), document.page_content) for document in found]
+        found = [(near(place[one.id or ""]), one.page_content) for one in history.recall(query, K, around=1)]
+        return [([turn.id for turn in turns[beside]], text) for beside, text in found]
 
     def vectors(query: str, lines: Sequence[str] = plain) -> Found:
         return alone((int(document.id or "") for document in store.similarity_search(query, K)), lines)
 
     def beside(query: str) -> Found:
-        return [(near(int(document.id or "")), "") for document in store.similarity_search(query, K)]
+        found = [near(int(document.id or "")) for document in store.similarity_search(query, K)]
+        return [([turn.id for turn in turns[one]], "\n".join(plain[one])) for one in found]
 
-    made = {OURS: Way(ours), AROUND: Way(around), STORE: Way(vectors), BESIDE: Way(beside, read=False)}
+    made = {OURS: Way(ours), AROUND: Way(around), STORE: Way(vectors), BESIDE: Way(beside)}
     made[DATED] = Way(partial(vectors, lines=dated), counted=False)
     costs = [count(one) for one in plain]
     for window in windows:
@@ -233,21 +234,28 @@ def _scores(question: Question, answer: qa.Answer, threshold: float) -> dict[str
 def table(values: Values) -> dict[str, dict[str, dict[str, tuple[int, float, float]]]]:
     """Give (number, mean, half of the 95 % interval) by measure, way and group; print them.
 
-    The last column is ours less the other way, question by question.
+    The last columns are ours less the other way, question by question.
     """
     made: dict[str, dict[str, dict[str, tuple[int, float, float]]]] = {}
     for measured in dict.fromkeys(name for way in values.values() for name in way):
-        groups = sorted(values[OURS][measured], key=lambda group: (len(group), group))
-        print(f"\n| {measured} | all | {' | '.join(groups)} | ours - this |\n|{'---|' * (len(groups) + 3)}")
+        ours = [way for way in (OURS, AROUND) if measured in values[way]]
+        groups = sorted(values[ours[0]][measured], key=lambda group: (len(group), group))
+        print(f"\n| {measured} | all | {' | '.join([*groups, *(f'{way} - this' for way in ours)])} |")
+        print(f"|{'---|' * (len(groups) + len(ours) + 2)}")
         for way in (name for name in values if measured in values[name]):
             by = {group: values[way][measured][group] for group in groups}
-            together = [value for group in groups for value in by[group]]
-            ours = [value for group in groups for value in values[OURS][measured][group]]
-            columns = {"all": together, **by, "ours - this": list(np.subtract(ours, together))}
+            columns = {"all": _joined(by), **by}
+            for one in ours:
+                ahead = np.subtract(_joined(values[one][measured], groups), columns["all"])
+                columns[f"{one} - this"] = list(ahead)
             row = {name: (len(each), float(np.mean(each)), half_width(each)) for name, each in columns.items()}
             made.setdefault(measured, {})[way] = row
             print(f"| {way} |" + "".join(f" {mean:.3f} ±{half:.3f} ({n}) |" for n, mean, half in row.values()))
     return made
+
+
+def _joined(by: dict[str, list[float]], groups: Iterable[str] = ()) -> list[float]:
+    return [value for group in groups or by for value in by[group]]
 
 
 def plot(values: Values, path: Path) -> None:
