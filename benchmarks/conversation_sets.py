@@ -13,6 +13,7 @@ from typing import Any
 
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
+from l2m_rag.days import day
 from l2m_rag.evidence import sentences
 from l2m_rag.tasks import rows
 
@@ -49,6 +50,11 @@ class Talk:
     name: str
     turns: list[Turn]
     questions: list[Question]
+
+
+def line(turn: Turn) -> str:
+    """Write a turn with its day, as it was said."""
+    return f"[{day(turn.at)}] {turn.by}: {turn.text}"
 
 
 def locomo(data: Path) -> Iterator[Talk]:
@@ -92,8 +98,8 @@ def memorybank(data: Path, seed: int, *, stitched: bool) -> Iterator[Talk]:
 
 def _turns(row: dict[str, Any]) -> tuple[str, list[Turn]]:
     turns = []
-    for day, exchanges in row["history"].items():
-        at = datetime.fromisoformat(day).replace(tzinfo=UTC)
+    for date, exchanges in row["history"].items():
+        at = datetime.fromisoformat(date).replace(tzinfo=UTC)
         for exchange in exchanges:
             for by, key in (("human", "query"), ("ai", "response")):
                 turns.append(Turn(str(len(turns)), by, exchange[key], at))

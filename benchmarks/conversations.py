@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from conversation_sets import Question, Talk, Turn, locomo, memorybank
+from conversation_sets import Question, Talk, Turn, line, locomo, memorybank
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
 from langchain_core.vectorstores import InMemoryVectorStore
 
@@ -123,11 +123,6 @@ def pieces_of(costs: Sequence[int], newest: Sequence[int], most: int) -> list[li
 
 def _all(found: Found, query: str) -> Found:
     return found
-
-
-def line(turn: Turn) -> str:
-    """Write a turn with its day, as it was said."""
-    return f"[{turn.at.day} {turn.at:%B %Y}] {turn.by}: {turn.text}"
 
 
 def _message(turn: Turn) -> BaseMessage:

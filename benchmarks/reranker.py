@@ -9,20 +9,19 @@ python benchmarks/reranker.py --data DATA      # DATA/fairytaleqa/dev.jsonl.zst:
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import zstandard
 from langchain_core.documents import Document
 from langchain_core.vectorstores import InMemoryVectorStore
 
 from l2m_rag.config import load_settings
 from l2m_rag.evaluate import half_width
 from l2m_rag.langchain import L2MEmbeddings, L2MReranker, L2MVectorStore
+from l2m_rag.tasks import rows
 
 
 def main() -> None:
@@ -35,8 +34,7 @@ def main() -> None:
     home = tempfile.mkdtemp()
     given = load_settings()[0]
     settings = load_settings({"home": home, "models": str(given.models or given.data / "models")})[0]
-    with zstandard.open(options.data / "fairytaleqa" / "dev.jsonl.zst", "rt", encoding="utf-8") as lines:
-        asked = [json.loads(line) for line in lines]
+    asked = list(rows(options.data / "fairytaleqa" / "dev.jsonl.zst"))
     texts = list(dict.fromkeys(one["context"] for one in asked))
     documents = [Document(text, id=str(number)) for number, text in enumerate(texts)]
     ours = L2MVectorStore("sections", settings=settings)

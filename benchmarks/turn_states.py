@@ -16,10 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from conversation_sets import locomo
+from conversation_sets import line, locomo
 
 from l2m_rag.config import load_settings
-from l2m_rag.days import day
 from l2m_rag.memory_tiers.compressor import quantise, restore
 from l2m_rag.memory_tiers.state_table import StateFormat, StateRows
 from l2m_rag.memory_tiers.states import StateTier
@@ -37,8 +36,8 @@ def main() -> None:
     reader = load_language_model(load_settings({"threads": options.threads})[0])
     assert isinstance(reader, MemoryReader)
     talk = next(iter(locomo(options.data)))
-    lines = [f"[{day(turn.at.date())}] {turn.by}: {turn.text}" for turn in talk.turns]
-    tokens = [reader.ids(line) for line in lines]
+    lines = [line(turn) for turn in talk.turns]
+    tokens = [reader.ids(one) for one in lines]
 
     @torch.inference_mode()
     def made(ids: list[int]) -> torch.Tensor:
@@ -72,8 +71,8 @@ def main() -> None:
         reader.forget()
         for wanted in ("made", "kept"):
             begun = time.perf_counter()
-            for line in eight:
-                reader.quote(question, [line])
+            for one in eight:
+                reader.quote(question, [one])
             asking.append((wanted, time.perf_counter() - begun))
     print(f"{len(lines)} turns of {statistics.mean(map(len, tokens)):.0f} tokens (median of times):")
     print(f"states made again from the text   {encoding:6.2f} ms a turn")
@@ -82,7 +81,7 @@ def main() -> None:
     for wanted in ("made", "kept"):
         middle = statistics.median(seconds for name, seconds in asking if name == wanted)
         print(f"a question over eight turns, states {wanted}: {1000 * middle:.0f} ms")
-    print(f"text of a turn: {statistics.mean(len(line.encode()) for line in lines):.0f} bytes")
+    print(f"text of a turn: {statistics.mean(len(one.encode()) for one in lines):.0f} bytes")
 
 
 def timed(work: Callable[[Any], torch.Tensor], over: Iterable[Any]) -> tuple[list[torch.Tensor], float]:

@@ -18,7 +18,7 @@ _MONTHS = (
 )
 _NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 _COUNT = rf"(?P<count>[0-9]{{1,3}}|a|a couple of|{'|'.join(_NUMBERS)})"
-_BEYOND = {"last": "before", "this past": "before", "next": "after"}
+_BEYOND = {"last": (-1, "before"), "this past": (-1, "before"), "next": (1, "after")}
 _FROM_HERE = {"day before yesterday": -2, "yesterday": -1, "last night": -1, "tomorrow": 1, "day after tomorrow": 2}
 
 
@@ -68,11 +68,13 @@ def _ago(match: re.Match[str], on: date) -> str:
 
 
 def _beyond(match: re.Match[str], on: date) -> str:
-    which, unit = _plain(match["which"]), match["unit"].lower()
-    if unit in ("month", "year"):
-        step = {"before": -1, "after": 1}.get(_BEYOND.get(which, ""), 0)
-        return _month(on, step) if unit == "month" else str(_year(on.year + step))
-    return f"the {unit} {_BEYOND[which]} {day(on)}" if which in _BEYOND else f"the {unit} of {day(on)}"
+    unit = match["unit"].lower()
+    step, where = _BEYOND.get(_plain(match["which"]), (0, "of"))
+    if unit == "month":
+        return _month(on, step)
+    if unit == "year":
+        return str(_year(on.year + step))
+    return f"the {unit} {where} {day(on)}"
 
 
 def _last_day(match: re.Match[str], on: date) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from l2m_rag import models, weights
-from l2m_rag.config import Settings
+from l2m_rag.config import Settings, load_settings
 
 Vectors = np.ndarray[tuple[int, int], np.dtype[np.float32]]
 
@@ -57,7 +57,8 @@ def by_hashing(hashing: HashingEmbedder, monkeypatch: pytest.MonkeyPatch) -> Has
 @pytest.fixture(scope="session")
 def default_weights() -> None:
     """Skips what needs the models that are downloaded."""
-    if any(weights.verify(name, Settings()).state != "present" for name in weights.PACKAGES):
+    found = load_settings()[0]
+    if any(weights.verify(name, found).state != "present" for name in weights.PACKAGES):
         pytest.skip("the default weights are not here; run: l2m models pull")
 
 

@@ -41,7 +41,6 @@ from l2m_rag.errors import (
 )
 from l2m_rag.memory_tiers.places import writing
 
-pytestmark = pytest.mark.usefixtures("by_hashing")
 TEXTS = {
     "lease.txt": "The lease of the red house ends on 30 April 2029.\n\nThe tenant pays the rent each month.",
     "farm/sheep.txt": "There are forty sheep on the farm.\n\nThe shepherd counts the sheep each night.",
@@ -59,7 +58,7 @@ def docs(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> Settings:
+def settings(by_hashing: Any, tmp_path: Path) -> Settings:
     return settings_in(tmp_path / "home")
 
 
@@ -68,7 +67,7 @@ def settings_in(home: Path) -> Settings:
 
 
 @pytest.fixture
-def kb(by_hashing: Any, settings: Settings, docs: Path) -> Collection:
+def kb(settings: Settings, docs: Path) -> Collection:
     kb = library.open("x", settings=settings)
     assert kb.ingest(docs).added == 3
     return kb

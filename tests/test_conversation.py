@@ -19,7 +19,6 @@ from l2m_rag.errors import UsageError
 from l2m_rag.langchain import L2MChatMessageHistory
 from l2m_rag.memory_tiers.records import Chunk, Passage, merged
 
-pytestmark = pytest.mark.usefixtures("by_hashing")
 MAY, JUNE = 1_683_504_000.0, 1_686_182_400.0  # 8 May and 8 June 2023
 
 

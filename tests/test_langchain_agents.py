@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field
 
 import l2m_rag
 from l2m_rag.collection import Collection
-from l2m_rag.config import Settings
+from l2m_rag.config import Settings, load_settings
 from l2m_rag.errors import UsageError
 from l2m_rag.langchain import ChatL2M, L2MChatMessageHistory, L2MMemoryMiddleware, L2MStore, L2MToolkit
 
@@ -29,7 +29,7 @@ LEASE = (
 
 @pytest.fixture
 def home(tmp_path: Path) -> Settings:
-    given = Settings()
+    given = load_settings()[0]
     return Settings(home=tmp_path / "home", models=given.models or given.data / "models", threads=1)
 
 

@@ -9,7 +9,7 @@ from langchain_core.language_models import BaseChatModel
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 from langchain_tests.unit_tests import ChatModelUnitTests
 
-from l2m_rag.config import Settings
+from l2m_rag.config import load_settings
 from l2m_rag.langchain import ChatL2M
 from l2m_rag.weights import DEFAULT_DECODER
 
@@ -40,7 +40,7 @@ class TestIntegration(ChatModelIntegrationTests):
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        return {"settings": Settings(threads=1), "max_tokens": 64}
+        return {"settings": load_settings({"threads": 1})[0], "max_tokens": 64}
 
     @property
     def supports_json_mode(self) -> bool:

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from langchain_core.documents import Document
 
-from l2m_rag.config import Settings
+from l2m_rag.config import Settings, load_settings
 from l2m_rag.errors import UsageError
 from l2m_rag.langchain import L2MReranker
 
@@ -46,7 +46,7 @@ def test_the_sentence_that_fits_best_counts(by_sentences: L2MReranker) -> None:
 
 @pytest.mark.usefixtures("default_weights")
 async def test_what_holds_the_answer_comes_first() -> None:
-    reranker = L2MReranker(top_n=None, by="reader", settings=Settings(threads=1))
+    reranker = L2MReranker(top_n=None, by="reader", settings=load_settings({"threads": 1})[0])
     documents = [Document(OTHER), Document("The house is red. Who its landlord is was never told."), Document(RIGHT)]
     found = await reranker.acompress_documents(documents, "Who is the landlord of the red house?")
     assert found[0].page_content == RIGHT

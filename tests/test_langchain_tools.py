@@ -19,7 +19,6 @@ from l2m_rag.collection import Collection
 from l2m_rag.config import Settings
 from l2m_rag.langchain import L2MToolkit
 
-pytestmark = pytest.mark.usefixtures("by_hashing")
 TEXT = "The lease of the red house ends on 30 April 2029. The tenant pays the rent each month."
 EXAMPLES: dict[str, dict[str, Any]] = {
     "search_documents": {"query": "When does the lease end?", "k": 2},

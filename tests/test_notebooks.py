@@ -25,7 +25,6 @@ def test_a_notebook_runs_from_top_to_bottom(source: Path) -> None:
     assert ran.returncode == 0, ran.stderr
 
 
-@pytest.mark.usefixtures("default_weights")
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_the_pair_says_the_same(source: Path) -> None:
     ours, theirs = jupytext.read(source), jupytext.read(source.with_suffix(".ipynb"))
