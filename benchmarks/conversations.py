@@ -94,8 +94,8 @@ def ways(talk: Talk, kb: Collection, count: Callable[[str], int], windows: Seque
         found = [near(int(document.id or "")) for document in store.similarity_search(query, K)]
         return [([turn.id for turn in turns[one]], "\n".join(plain[one])) for one in found]
 
-    made = {OURS: Way(ours), AROUND: Way(around), STORE: Way(vectors), BESIDE: Way(beside)}
-    made[DATED] = Way(partial(vectors, lines=dated), counted=False)
+    made = {OURS: Way(ours), AROUND: Way(around), STORE: Way(vectors)}
+    made |= {DATED: Way(partial(vectors, lines=dated), counted=False), BESIDE: Way(beside)}
     costs = [count(one) for one in plain]
     for window in windows:
         pieces = pieces_of(costs, newest_of(costs, window), PASSAGE)
