@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from langchain_core.documents import Document
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
@@ -317,13 +317,15 @@ def test_a_reply_of_the_most_tokens_says_so(home: Settings) -> None:
 # -- stops
 
 
+@example(pieces=["ab", "a"], stops=["b", "aba"])  # the second begins before the first, but is whole behind it
 @given(
     pieces=st.lists(st.text("ab", max_size=3), max_size=12),
     stops=st.lists(st.text("ab", min_size=1, max_size=3), max_size=3),
 )
 def test_a_stop_ends_the_text_wherever_pieces_end(pieces: list[str], stops: list[str]) -> None:
     whole = "".join(pieces)
-    first = min((at for stop in stops if (at := whole.find(stop)) >= 0), default=len(whole))
+    ends = [(at + len(stop), at) for stop in stops if (at := whole.find(stop)) >= 0]
+    first = min(ends, default=(0, len(whole)))[1]
     assert "".join(until(pieces, stops)) == whole[:first]
 
 

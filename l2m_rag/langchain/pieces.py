@@ -13,14 +13,16 @@ from l2m_rag.qa import Answer
 
 
 def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
-    """Give pieces of a text up to where the first of some texts begins."""
+    """Give pieces of a text up to where the one of some texts begins that is the first to be whole."""
     held = ""
     keep = max(map(len, stops), default=1) - 1  # of what is held, so much may be the beginning of one
     for piece in pieces:
         held += piece
-        at = min((found for stop in stops if (found := held.find(stop)) >= 0), default=-1)
-        if at >= 0:
-            if held[:at]:
+        # the first to be whole, not to begin: where the text stops must not depend on the pieces that it comes in
+        ends = [(at + len(stop), at) for stop in stops if (at := held.find(stop)) >= 0]
+        if ends:
+            _, at = min(ends)
+            if at:
                 yield held[:at]
             return
         sure = len(held) - keep
