@@ -288,7 +288,7 @@ def test_reading_needs_a_folder_and_a_share_for_each_source() -> None:
         TaskRecipe(kind="reading", data="x", sources=("squad", "qed"), shares=(1.0,))
 
 
-@pytest.mark.parametrize("name", ["reader", "reader-pooled", "reader-gpu", "needle", "tiny"])
-def test_the_recipes_that_ship_can_be_read(name: str) -> None:
-    recipe = load_recipe(ROOT / "recipes" / f"{name}.toml")
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.stem)
+def test_the_recipes_that_ship_can_be_read(path: Path) -> None:
+    recipe = load_recipe(path)
     assert not recipe.task.shares or len(recipe.task.shares) == len(recipe.task.sources)
