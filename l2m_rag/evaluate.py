@@ -10,9 +10,7 @@ import importlib.util
 import math
 import random
 import re
-import string
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,6 +22,7 @@ from l2m_rag.collection import Collection
 from l2m_rag.errors import MissingExtraError, UsageError
 from l2m_rag.memory_tiers.records import Passage
 from l2m_rag.models import load_language_model
+from l2m_rag.overlap import normal, token_f1
 from l2m_rag.tasks import Task, TaskSet
 from l2m_rag.unanswerable import twisted
 
@@ -51,7 +50,6 @@ _DEPTH = 10
 _RESAMPLES = 1000  # of the bootstrap
 _TWISTED = 2  # changed questions for each, at most
 _LONG = 5000  # characters
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,9 +180,9 @@ def _ranked(task: Task, hits: Sequence[Passage], relevant: dict[str, int]) -> li
         names = [hit.chunk.document for hit in hits]
     else:
         names = [hit.chunk.id for hit in hits]
-        wanted = [_normal(answer) for answer in task.answers]
+        wanted = [normal(answer) for answer in task.answers]
         for hit in hits:
-            text = _normal(hit.chunk.text)
+            text = normal(hit.chunk.text)
             if any(answer and answer in text for answer in wanted):
                 relevant[hit.chunk.id] = 1
     return list(dict.fromkeys(names))[:_DEPTH]
@@ -306,10 +304,10 @@ def _outcome(collection: Collection, task: Task, where: str | None, free: bool) 
         low, high = _sentence_around(held, first.start, first.end)
         cited = float(
             task.document in ("", first.document)
-            and any(_normal(gold) in _normal(held[low:high]) for gold in task.answers)
+            and any(normal(gold) in normal(held[low:high]) for gold in task.answers)
         )
     return _Outcome(
-        em=max((float(_normal(answer.answer) == _normal(gold)) for gold in task.answers), default=0.0),
+        em=max((float(normal(answer.answer) == normal(gold)) for gold in task.answers), default=0.0),
         f1=max((token_f1(answer.answer, gold) for gold in task.answers), default=0.0),
         probability=answer.answerable_probability,
         cited=cited,
@@ -432,21 +430,6 @@ def _holds(task: Task, passage: Passage) -> bool:
 
 
 # -- measures ----------------------------------------------------------------------------------------------------------
-def _normal(text: str) -> str:
-    """Normalise an answer as SQuAD's evaluation does: lower case, no punctuation, no articles, single spaces."""
-    bare = "".join(letter for letter in text.lower() if letter not in string.punctuation)
-    return " ".join(_ARTICLES.sub(" ", bare).split())
-
-
-def token_f1(answer: str, gold: str) -> float:
-    """Give the F1 of the words of two answers, after SQuAD's normalisation."""
-    one, other = _normal(answer).split(), _normal(gold).split()
-    if not one or not other:
-        return float(one == other)
-    shared = sum((Counter(one) & Counter(other)).values())
-    return 2 * shared / (len(one) + len(other))
-
-
 def auroc(labels: Sequence[int], scores: Sequence[float]) -> float:
     """Give the area under the ROC curve: how often a positive scores above a negative, ties counting half."""
     high = np.array([score for score, label in zip(scores, labels, strict=True) if label])

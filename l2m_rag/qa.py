@@ -80,7 +80,7 @@ class Reader(Speller, Protocol):
         ...
 
     def quote(self, question: str, passages: Sequence[str]) -> Quoted:
-        """Find the likeliest spans of some texts."""
+        """Find the spans of some texts that most likely answer a question, best first."""
         ...
 
 
@@ -276,7 +276,7 @@ class Finding:
 
     Args:
         passages: that were read.
-        spans: the likeliest ones, best first, each with its passage; offsets are those in it.
+        spans: the best ones, best first, each with its passage; offsets are those in it.
         quoted: all that the reader said.
         features: of the probability that the passages hold an answer.
         prior: the same before they were read.
@@ -358,7 +358,7 @@ def _quote(
     enough: float,
     closeness: Closeness | None,
 ) -> _Draft:
-    """Answer with the likeliest span, unless the passages are not likely to hold an answer."""
+    """Answer with the best span, unless the passages are not likely to hold an answer."""
     tried: list[tuple[float, Finding]] = []
     sizes = {"budget": budget, "focus": focus}
     skip = _HOPELESS if enough < 1 else 0.0  # 1 is to read all

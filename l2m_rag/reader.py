@@ -23,6 +23,7 @@ from l2m_rag.errors import UsageError
 from l2m_rag.generate import Decoder
 from l2m_rag.indexers.embedding import LOADING, computes_bf16
 from l2m_rag.model import L2M
+from l2m_rag.overlap import by_expected_f1
 from l2m_rag.reading import QUESTION, as_picked
 from l2m_rag.spans import Quoted, SpanFinder, seen
 from l2m_rag.state import Picked
@@ -137,7 +138,7 @@ class MemoryReader:
             return self._writer
 
     @torch.inference_mode()
-    def quote(self, question: str, passages: Sequence[str], *, best: int = 3) -> Quoted:
+    def quote(self, question: str, passages: Sequence[str], *, best: int = 10) -> Quoted:
         """Answer a question with spans of passages.
 
         Args:
@@ -145,7 +146,9 @@ class MemoryReader:
             passages: texts, in the order in which they are read; at least one.
             best: at most this many different strings are given.
 
-        Passages are read at the reader's resolution; their spans are sought in the texts themselves.
+        Passages are read at the reader's resolution; their spans are sought in the texts themselves. The first is not
+        the likeliest, but the one that shares most words with all of them, weighed by how likely they are
+        (docs/decisions/0016-expected.md).
         """
         read = self.prefill(question, passages, ratios=[self.resolution] * len(passages))
         T, K, backbone = read.asked, read.recalled, self.model.backbone
@@ -163,7 +166,11 @@ class MemoryReader:
             return backbone.head(top)[0].float().log_softmax(-1)
 
         spans = self._finder.find(read.first, grow, passages, lead=" ", best=best, trained=True, power=0.0)
-        return Quoted(spans, float(read.first[self._end]), T, K, self.resolution)
+        texts = [passages[span.passage][span.start : span.end] for span in spans]
+        scores = {text: span.score for text, span in reversed(list(zip(texts, spans, strict=True)))}
+        places = {text: at for at, text in enumerate(by_expected_f1(scores))}
+        order = sorted(range(len(spans)), key=lambda at: places[texts[at]])
+        return Quoted([spans[at] for at in order], float(read.first[self._end]), T, K, self.resolution)
 
     @torch.inference_mode()
     def prefill(self, question: str, passages: Sequence[str], *, ratios: Sequence[int] = ()) -> Prefilled:

@@ -59,7 +59,8 @@ class Quoted:
     """What a reader finds in some passages.
 
     Args:
-        spans: best first; the same words at several places are one entry each, with equal score.
+        spans: best first, which is not always the likeliest; the same words at several places are one entry each, with
+            equal score, behind each other.
         empty: log-probability that the passages hold no answer; None from a model that was not trained to say so.
         prompt: tokens that were read as text.
         recalled: positions that were read as states.

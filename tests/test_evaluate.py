@@ -23,22 +23,6 @@ from l2m_rag.spans import Quoted, Span
 from l2m_rag.tasks import Task, TaskSet
 
 
-@pytest.mark.parametrize(
-    ("answer", "gold", "f1"),
-    [
-        ("the Eiffel Tower", "Eiffel Tower", 1.0),
-        ("Tower", "Eiffel Tower", 2 / 3),
-        ("a b b", "b b c", 0.8),  # "a" is an article
-        ("nothing alike", "quite another", 0.0),
-        ("", "", 1.0),
-        ("", "something", 0.0),
-        ("The", "an", 1.0),  # both empty once the articles are gone
-    ],
-)
-def test_f1_is_that_of_squad(answer: str, gold: str, f1: float) -> None:
-    assert evaluate.token_f1(answer, gold) == pytest.approx(f1)
-
-
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 5)), min_size=2, max_size=40))
 def test_auroc_is_the_share_of_pairs_in_order(pairs: list[tuple[bool, int]]) -> None:
     labels, scores = [int(label) for label, _ in pairs], [float(score) for _, score in pairs]
