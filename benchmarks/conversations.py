@@ -27,10 +27,11 @@ from l2m_rag import qa
 from l2m_rag.collection import Collection
 from l2m_rag.config import Settings, load_settings
 from l2m_rag.conversation import line_of
-from l2m_rag.evaluate import half_width, sample, token_f1
+from l2m_rag.evaluate import half_width, sample
 from l2m_rag.langchain import L2MChatMessageHistory, L2MEmbeddings
 from l2m_rag.memory_tiers.records import Chunk, Passage
 from l2m_rag.models import load_embedder, load_language_model
+from l2m_rag.overlap import token_f1
 
 OURS, AROUND = "L2MChatMessageHistory", "the same, around=1"
 STORE, BESIDE = "InMemoryVectorStore", "the same, neighbours added"

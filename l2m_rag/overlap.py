@@ -29,7 +29,7 @@ def token_f1(answer: str, gold: str) -> float:
 def by_expected_f1(scores: Mapping[str, float]) -> list[str]:
     """Order answers by the F1 that is to be expected of each, highest first.
 
-    This is minimum Bayes risk decoding (Kumar and Byrne, 2004, section 2, N-best lists): each answer is compared with
+    This is minimum Bayes risk decoding over a list of the best (Kumar and Byrne, 2004): each answer is compared with
     all of them, weighed by how likely they are. Several that nearly agree win over one that is a little likelier alone.
 
     Args:

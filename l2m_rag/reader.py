@@ -25,7 +25,7 @@ from l2m_rag.indexers.embedding import LOADING, computes_bf16
 from l2m_rag.model import L2M
 from l2m_rag.overlap import by_expected_f1
 from l2m_rag.reading import QUESTION, as_picked
-from l2m_rag.spans import Quoted, SpanFinder, seen
+from l2m_rag.spans import Quoted, Span, SpanFinder, seen
 from l2m_rag.state import Picked
 
 ANSWERABILITY = "answerability.json"
@@ -166,11 +166,12 @@ class MemoryReader:
             return backbone.head(top)[0].float().log_softmax(-1)
 
         spans = self._finder.find(read.first, grow, passages, lead=" ", best=best, trained=True, power=0.0)
-        texts = [passages[span.passage][span.start : span.end] for span in spans]
-        scores = {text: span.score for text, span in reversed(list(zip(texts, spans, strict=True)))}
-        places = {text: at for at, text in enumerate(by_expected_f1(scores))}
-        order = sorted(range(len(spans)), key=lambda at: places[texts[at]])
-        return Quoted([spans[at] for at in order], float(read.first[self._end]), T, K, self.resolution)
+        same: dict[str, list[Span]] = {}
+        for span in spans:
+            same.setdefault(passages[span.passage][span.start : span.end], []).append(span)
+        ordered = by_expected_f1({text: places[0].score for text, places in same.items()})
+        found = [span for text in ordered for span in same[text]]
+        return Quoted(found, float(read.first[self._end]), T, K, self.resolution)
 
     @torch.inference_mode()
     def prefill(self, question: str, passages: Sequence[str], *, ratios: Sequence[int] = ()) -> Prefilled:
