@@ -12,13 +12,15 @@ import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from l2m_rag.clozes import Triple, lists, texts_of
+from l2m_rag.bridges import Bridge, bridges, hotpot, titled
+from l2m_rag.clozes import WIKI, Triple, lists, texts_of
 from l2m_rag.clozes import clozes as make_clozes
 from l2m_rag.errors import CorruptError, UsageError
 from l2m_rag.indexers.chunking import Tokenizer, split
@@ -33,7 +35,7 @@ EVALUATION = (
 
 SOURCES = (
     "squad", "qed", "qamr", "tweetqa", "fairytaleqa", "ropes", "narrativeqa", "timeqa", "covidqa", "cloze", "lists",
-    "books", "meetings", "papers", "stories", "dialogue",
+    "books", "meetings", "papers", "stories", "dialogue", "bridges",
 )  # fmt: skip
 _FILES = {
     "squad": "squad/squad11_train_subset",
@@ -62,11 +64,19 @@ class Encoder(Protocol):
 
 
 class Question(NamedTuple):
-    """A question and its answer, which stands in the passage as it is written; "" where the passage holds none."""
+    """A question and its answer.
+
+    Args:
+        passage: number of the passage that the answer stands in, as it is written.
+        text: of the question.
+        answer: "" where the passage holds none.
+        beside: number of the passage that has to be read too; -1 when this one is enough.
+    """
 
     passage: int
     text: str
     answer: str
+    beside: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,14 +233,17 @@ def gather(
         before = len(questions)
         triples = more if source == ASKED else _triples(source, data, tokenizer, clozes, seed)
         clean: dict[str, bool] = {}
-        for passage, question, answer in triples:
-            if passage not in clean:
-                clean[passage] = not seen.holds(passage)
-            if clean[passage] and not seen.holds("", question):
-                if passage not in passages:
-                    passages[passage] = len(found)
-                    found.append(source)
-                questions.append(Question(passages[passage], question, answer))
+        for passage, question, answer, *beside in triples:
+            needed = [passage, *beside]
+            for text in needed:
+                if text not in clean:
+                    clean[text] = not seen.holds(text)
+            if all(clean[text] for text in needed) and not seen.holds("", question):
+                for text in needed:
+                    if text not in passages:
+                        passages[text] = len(found)
+                        found.append(source)
+                questions.append(Question(passages[passage], question, answer, *(passages[text] for text in beside)))
         if len(questions) == before:
             raise UsageError(f"nothing of {source} was found in {data}")
     texts = list(passages)
@@ -239,7 +252,7 @@ def gather(
     return Material(texts, found, questions, near, lures)
 
 
-def _triples(source: str, data: Path, tokenizer: Tokenizer, most: int, seed: int) -> Iterator[Triple]:
+def _triples(source: str, data: Path, tokenizer: Tokenizer, most: int, seed: int) -> Iterator[Triple | Bridge]:
     """Read or make the questions of a source."""
     if source in _FILES:
         return _plain(data / f"{_FILES[source]}.jsonl.zst")
@@ -250,6 +263,9 @@ def _triples(source: str, data: Path, tokenizer: Tokenizer, most: int, seed: int
     if source == "dialogue":
         return _dialogues(_drawn(data / "sgd/train.jsonl.zst", most, seed))
     draw = random.Random(seed)
+    if source == "bridges":
+        wiki = titled(row for name in WIKI for row in rows(data / f"{name}.jsonl.zst"))
+        return chain(bridges(wiki, draw), hotpot(data / "hotpotqa_100/train_sample.jsonl.zst"))
     texts = texts_of(_CLOZES.get(source, "wiki"), data, draw, most)
     return lists(texts, draw) if source == "lists" else make_clozes(texts, draw)
 
@@ -373,15 +389,20 @@ def rows_of(
             continue
         wanted = draw.choices(range(1, most_passages + 1), [2.0**-at for at in range(most_passages)])[0]
         taken, size = [first], sizes[first]
+        needed = [material.questions[number].beside for number in material.asked[first]]
+        needed = [other for other in needed if other >= 0 and size + sizes[other] <= longest * 3 // 4]
+        if needed and most_passages > 1:
+            taken.append(draw.choice(needed))
+            size += sizes[taken[1]]
         fresh = [other for other in material.near[first] if other not in used]
         for other in fresh + [other for other in material.near[first] if other in used]:
-            if len(taken) < wanted and size + sizes[other] <= longest // 2 + sizes[first] // 2:
+            if len(taken) < wanted and other not in taken and size + sizes[other] <= longest // 2 + sizes[first] // 2:
                 taken.append(other)
                 size += sizes[other]
         asked: list[tuple[int, bool]] = []
         for passage in taken:
             if passage not in used:
-                own = [number for number in material.asked[passage] if material.questions[number].answer]
+                own = [number for number in material.asked[passage] if _answered(material.questions[number], taken)]
                 asked += [(number, True) for number in draw.sample(own, min(per_passage, len(own)))]
         wrong = unanswerable * len(asked)
         count = int(wrong) + (draw.random() < wrong % 1)
@@ -399,6 +420,11 @@ def rows_of(
     return made
 
 
+def _answered(question: Question, taken: Sequence[int]) -> bool:
+    """Say whether a question that is asked of one of some passages has its answer in them."""
+    return bool(question.answer) and (question.beside < 0 or question.beside in taken)
+
+
 def _wrong(material: Material, taken: Sequence[int], used: set[int], count: int, draw: random.Random) -> list[int]:
     """Give so many questions without an answer: half of the passages' own, where there are as many, and lures."""
     own = [
@@ -406,7 +432,7 @@ def _wrong(material: Material, taken: Sequence[int], used: set[int], count: int,
         for passage in taken
         if passage not in used
         for number in material.asked[passage]
-        if not material.questions[number].answer
+        if not _answered(material.questions[number], taken)
     ]
     lures = _lures(material, taken)
     draw.shuffle(own)
