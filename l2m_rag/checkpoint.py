@@ -44,7 +44,7 @@ def add_lora(backbone: Backbone, rank: int) -> None:
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers), backbone.causal_lm)
 
 
-def save_model(model: L2M, folder: Path, *, backbone: dict[str, Any], lora: int = 0) -> None:
+def save_model(model: L2M, folder: Path, *, backbone: dict[str, Any], lora: int = 0, together: int = 1) -> None:
     """Write the trained part of a model, so that a folder of that name is whole or not there.
 
     Args:
@@ -52,6 +52,7 @@ def save_model(model: L2M, folder: Path, *, backbone: dict[str, Any], lora: int 
         folder: is replaced.
         backbone: how it is made: `{"source": ...}` for `load_backbone`, or `{"tiny": {...}}` for `tiny_backbone`.
         lora: rank of the adapters; 0 for none.
+        together: most passages that it learnt to read at once.
     """
     scratch = folder.with_name(f".{folder.name}.{os.getpid()}")
     scratch.mkdir(parents=True)
@@ -72,6 +73,7 @@ def save_model(model: L2M, folder: Path, *, backbone: dict[str, Any], lora: int 
         "backbone": backbone,
         "fingerprint": fingerprint(model.backbone),
         "lora": lora,
+        "together": together,
         "shards": len(shards),
         "parameters": len(trained),
     }
@@ -101,6 +103,11 @@ def source_of(folder: Path) -> str:
     if not source:
         raise L2MError(f"{folder} was trained on a backbone made from nothing; it has no tokenizer to read text with")
     return str(source)
+
+
+def together_of(folder: Path) -> int:
+    """Give how many passages a checkpoint learnt to read at once; 1 where it does not say."""
+    return int(_described(folder).get("together", 1))
 
 
 def _described(folder: Path) -> dict[str, Any]:

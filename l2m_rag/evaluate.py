@@ -366,8 +366,9 @@ def calibrate(sets: Sequence[tuple[Collection, Sequence[Task]]], *, told: Told |
     if importlib.util.find_spec("sklearn") is None:
         raise MissingExtraError("scikit-learn", "eval")
     points: list[dict[str, float]] = []
-    priors: list[dict[str, float]] = []
     labels: list[int] = []
+    priors: list[dict[str, float]] = []  # of passages read by themselves
+    held: list[int] = []
     jobs: list[tuple[Collection, qa.Reader, Task, str | None]] = []
     for collection, tasks in sets:
         model = load_language_model(collection.settings)
@@ -390,15 +391,17 @@ def calibrate(sets: Sequence[tuple[Collection, Sequence[Task]]], *, told: Told |
         sizes = {"budget": settings.budget, "focus": settings.focus}
         for found in qa.findings(asked, read, reader, **sizes, closeness=collection.closeness, skip=0.0):
             points.append(found.features)
-            priors.append(found.prior)
             labels.append(int(any(_holds(task, passage) for passage in found.passages)))
+            if not found.features.get("together"):
+                priors.append(found.prior)
+                held.append(labels[-1])
         if told:
             told(number, len(jobs))
     weights = _fitted(points, labels)
     probabilities = [answerability.probability(weights, point) for point in points]
     return {
         "weights": weights,
-        "prior": _fitted(priors, labels),
+        "prior": _fitted(priors, held),
         "fitted": f"{len(points)} readings for {len(jobs)} searches; {sum(labels)} held the answer",
         "auroc": round(auroc(labels, probabilities), 4),
     }

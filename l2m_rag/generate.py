@@ -182,6 +182,11 @@ class Decoder:
         return False
 
     @property
+    def together(self) -> int:
+        """It reads no passages."""
+        return 1
+
+    @property
     def answerability(self) -> dict[str, float]:
         """Weights of the probability that there is an answer."""
         return answerability.untrained()

@@ -70,6 +70,11 @@ class Reader(Speller, Protocol):
         ...
 
     @property
+    def together(self) -> int:
+        """How many passages it reads together when none was enough by itself; 1 where it has not learnt to."""
+        ...
+
+    @property
     def answerability(self) -> dict[str, float]:
         """Weights of the probability that there is an answer."""
         ...
@@ -301,15 +306,16 @@ def findings(
 ) -> Iterator[Finding]:
     """Read passages, and give what was found after each step.
 
-    A reader of whole passages reads each by itself, in the order of the search: together they confuse it
-    (docs/decisions/0009-one-by-one.md). One that is not likely to hold the answer is skipped. Any other model reads the
-    best sentences of all of them at once, worst first, so that the best stands by the question.
+    A reader of whole passages reads each by itself, in the order of the search (docs/decisions/0009-one-by-one.md). One
+    that is not likely to hold the answer is skipped. Behind them, one that has learnt to reads the first passage and
+    those that most likely hold the answer together, as one may say who is meant and another what is asked. Any other
+    model reads the best sentences of all of them at once, worst first, so that the best stands by the question.
 
     Args:
         question: to be asked.
         read: passages, best first; at least one.
         reader: reads.
-        budget: a passage is cut to so many tokens.
+        budget: a passage is cut to so many tokens, and no more are read together.
         focus: sentences that are read at once.
         closeness: compares the question with sentences.
         skip: probability of holding the answer, by the search alone, below which a passage but the first is not read.
@@ -320,6 +326,7 @@ def findings(
         if places:
             yield _found(question, read, ranked, places[::-1], reader, prior_features(read[0], read[0].score))
         return
+    tried: list[Finding] = []
     for number, passage in enumerate(read):
         prior = prior_features(passage, read[0].score)
         if number and answerability.probability(reader.prior, prior) < skip:
@@ -327,7 +334,25 @@ def findings(
         whole = len(reader.cut(passage.chunk.text, budget))
         ranked = rank_sentences(question, [passage], None)
         if ranked:
-            yield _found(question, [passage], ranked, [(0, 0, whole)], reader, prior)
+            found = _found(question, [passage], ranked, [(0, 0, whole)], reader, prior)
+            tried.append(found)
+            yield found
+    both = _together(tried, reader, budget)
+    if len(both) > 1:
+        places = [(number, 0, len(passage.chunk.text)) for number, passage in enumerate(both)]
+        ranked = rank_sentences(question, both, None)
+        yield _found(question, both, ranked, places[::-1], reader, prior_features(both[0], read[0].score))
+
+
+def _together(tried: Sequence[Finding], reader: Reader, budget: int) -> list[Passage]:
+    """Give the passages that are worth reading together: the first, and those that most likely hold the answer."""
+    others = sorted(tried[1:], key=lambda found: -answerability.probability(reader.answerability, found.features))
+    chosen: list[Passage] = []
+    for found in [*tried[:1], *others]:
+        passage = found.passages[0]
+        if len(chosen) < reader.together and sum(reader.count(one.chunk.text) for one in [*chosen, passage]) <= budget:
+            chosen.append(passage)
+    return chosen
 
 
 def _found(
@@ -345,7 +370,8 @@ def _found(
         number, shift, _ = places[span.passage]
         moved = replace(span, passage=number, start=span.start + shift, end=span.end + shift)
         spans.append((moved, read[number]))
-    return Finding(read, spans, quoted, {**prior, **evidence_features(read, ranked, quoted)}, prior)
+    together = {"together": float(len(places) > 1)} if reader.whole else {}
+    return Finding(read, spans, quoted, {**prior, **evidence_features(read, ranked, quoted), **together}, prior)
 
 
 def _quote(
@@ -381,6 +407,8 @@ def _quote(
     equal = sorted((entry for entry in finding.spans if entry[0].score == top), key=lambda entry: -entry[1].score)
     text = _text(*equal[0])
     equal += [other.spans[0] for _, other in tried[1:] if _text(*other.spans[0]) == text]
+    places = {(passage.chunk.id, span.start, span.end): (span, passage) for span, passage in reversed(equal)}
+    equal = list(places.values())[::-1]  # what was read by itself and with others is cited once
     if probability < abstain_below:
         return replace(none, probability=probability, generated=equal[0][0].tokens)
     cited, generated = _numbered(equal[:3]), equal[0][0].tokens

@@ -272,7 +272,9 @@ def train(recipe: Recipe, folder: Path, *, told: Told = lambda figures: None) ->
     if main:
         _save(folder, recipe, masters, optimizer, step)
         if step >= plan.steps:
-            save_model(model, folder / "model", backbone=made, lora=plan.lora_rank if plan.what == "lora" else 0)
+            lora = plan.lora_rank if plan.what == "lora" else 0
+            together = recipe.task.together if recipe.task.kind == "reading" else 1
+            save_model(model, folder / "model", backbone=made, lora=lora, together=together)
             plot(folder)
     accelerator.wait_for_everyone()
     return {**figures, "step": step, "done": step >= plan.steps, "seconds": round(time.monotonic() - began, 1)}

@@ -201,7 +201,7 @@ def test_the_shipped_weights_were_fitted_and_point_the_right_way() -> None:
 class Sure:
     """A reader of whole passages that is sure where the answer is."""
 
-    name, whole = "sure", True
+    name, whole, together = "sure", True, 1
     answerability = prior = {"bias": 0.0}  # noqa: RUF012
 
     def count(self, text: str) -> int:
@@ -214,7 +214,7 @@ class Sure:
         raise NotImplementedError
 
     def quote(self, question: str, passages: Sequence[str]) -> Quoted:
-        held = "Ada" in passages[0]
+        held = any("Ada" in passage for passage in passages)
         return Quoted([Span(0, 0, 3, -0.1 if held else -4.0, 1)], -5.0 if held else -0.1, 4, 3)
 
 
@@ -242,5 +242,11 @@ def test_the_probability_is_fitted_on_readings_with_and_without_the_document(mon
     weights: Any = found["weights"]
     assert weights["empty"] < 0 < weights["span"]
     assert set(found["prior"]) == {"bias", "passage", "behind"}  # type: ignore[call-overload]
+    alone = found["prior"]
+    monkeypatch.setattr(Sure, "together", 2)
+    found = evaluate.calibrate([(kept, [Task("1", "Who wrote first", ("Ada",), "d"), Task("2", "When?", (), "d")])] * 2)
+    assert found["fitted"] == "16 readings for 6 searches; 4 held the answer"  # two more of several passages
+    assert "together" in set(found["weights"])  # type: ignore[call-overload]
+    assert found["prior"] == alone  # of passages read by themselves
     with pytest.raises(UsageError, match="which some are found"):
         evaluate.calibrate([(kept, [Task("1", "Who?", ("nothing",), "d")])])

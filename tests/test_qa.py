@@ -22,9 +22,11 @@ class Words:
 
     name = "words"
 
-    def __init__(self, reply: str = "", spans: list[Span] | None = None, *, whole: bool = False) -> None:
+    def __init__(
+        self, reply: str = "", spans: list[Span] | None = None, *, whole: bool = False, together: int = 1
+    ) -> None:
         self.text = reply
-        self.reads_whole = whole
+        self.reads_whole, self.reads_together = whole, together
         self.found = spans
         self.prompts: list[str] = []
 
@@ -41,6 +43,10 @@ class Words:
     @property
     def whole(self) -> bool:
         return self.reads_whole
+
+    @property
+    def together(self) -> int:
+        return self.reads_together
 
     @property
     def answerability(self) -> dict[str, float]:
@@ -326,6 +332,44 @@ def test_a_passage_that_cannot_be_it_is_not_read_but_the_first_is() -> None:
     model.prompts.clear()
     qa.answer("which?", lambda _, k: read, model, enough=1.0)
     assert model.prompts == ["first", "far behind", "close behind"]  # 1 is to read everything
+
+
+class Joining(ByPassage):
+    """Finds, in several passages together, the whole of the one that it reads nearest the question."""
+
+    def __init__(self, odds: dict[str, float], answers: dict[str, str], *, joint: float) -> None:
+        super().__init__(odds, answers)
+        self.reads_together, self.joint = 3, joint
+
+    def quote(self, question: str, passages: Sequence[str]) -> Quoted:
+        if len(passages) == 1:
+            return super().quote(question, passages)
+        self.prompts.append(" | ".join(passages))
+        last = len(passages) - 1
+        return Quoted([Span(last, 0, len(passages[last]), self.joint, 1)], -1.0, 5, self.count(self.prompts[-1]))
+
+
+def test_passages_that_are_not_enough_by_themselves_are_read_together() -> None:
+    odds = {"the first": -3.0, "b": -5.0, "c likely": 0.0, "d": -1.0, "e": -9.0}
+    read = [passage(text, document=text, score=1 - number / 100) for number, text in enumerate(odds)]
+    model = Joining(odds, {text: text for text in odds}, joint=2.0)
+    found = qa.answer("facts?", lambda _, k: read, model, abstain_below=0.0)
+    assert model.prompts == [*odds, "d | c likely | the first"]  # the first and the likeliest, worst first
+    assert found.answer == "the first"
+    assert [len(step["read"]) for step in found.steps] == [1] * 5 + [3]  # type: ignore[arg-type]
+    (cited,) = found.citations  # read twice, cited once
+    assert (cited.document, cited.start, cited.quote) == ("the first", 0, "the first")
+    model.joint = -1.0  # less sure than one passage was
+    assert qa.answer("facts?", lambda _, k: read, model, abstain_below=0.0).answer == "c likely"
+    model.prompts.clear()
+    qa.answer("facts?", lambda _, k: read[2:], model, enough=0.4, abstain_below=0.0)
+    assert model.prompts == ["c likely"]  # enough by itself
+    model.prompts.clear()
+    qa.answer("facts?", lambda _, k: read[:1], model, abstain_below=0.0)
+    assert model.prompts == ["the first"]
+    model.prompts.clear()
+    qa.answer("facts?", lambda _, k: read, model, budget=5, abstain_below=0.0)
+    assert len(model.prompts[-1].replace(" |", "").split()) <= 5
 
 
 @given(st.lists(st.tuples(st.floats(-8, 8), st.floats(0, 1)), min_size=1, max_size=6), st.floats(0, 1))

@@ -1,5 +1,6 @@
 """The trained reader: what it finds is what the model says of passages that enter it as states."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from memory_models import tiny_folder
 from torch import Tensor
 
 from l2m_rag.backbone import load_backbone
-from l2m_rag.checkpoint import add_lora, load_model, save_model, source_of
+from l2m_rag.checkpoint import add_lora, load_model, save_model, source_of, together_of
 from l2m_rag.errors import CorruptError, L2MError, UsageError
 from l2m_rag.model import L2M
 from l2m_rag.model_config import L2MConfig
@@ -39,7 +40,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         elif "lora_" not in name:
             weight.requires_grad_(False)
     made = folder / "checkpoint"
-    save_model(model, made, backbone={"source": str(folder)}, lora=4)
+    save_model(model, made, backbone={"source": str(folder)}, lora=4, together=3)
     return made
 
 
@@ -127,6 +128,16 @@ def test_a_checkpoint_is_told_from_other_models(checkpoint: Path, tmp_path: Path
     assert source_of(checkpoint) == str(checkpoint.parent)
     with pytest.raises(L2MError, match="no checkpoint"):
         MemoryReader(tmp_path, name="nothing")
+
+
+def test_a_checkpoint_says_how_many_passages_it_reads_together(
+    reader: MemoryReader, checkpoint: Path, tmp_path: Path
+) -> None:
+    assert reader.together == 3
+    described = json.loads((checkpoint / "config.json").read_text())
+    described.pop("together")  # as those before it was written down
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    assert together_of(tmp_path) == 1
 
 
 def test_damaged_weights_of_the_probability_are_named(checkpoint: Path) -> None:
