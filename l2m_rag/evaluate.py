@@ -354,7 +354,8 @@ def calibrate(sets: Sequence[tuple[Collection, Sequence[Task]]], *, told: Told |
 
     Each question is asked with its document in reach, with it kept from the search, and of the document alone changed
     so that it does not answer it (`l2m_rag.unanswerable`), up to twice; the label is whether a passage that was read
-    holds a gold answer and comes from the document.
+    holds a gold answer and comes from the document. Questions without an answer weigh as much, all together, as those
+    with one, however many were made of each; else a probability of one half would say too seldom that there is one.
 
     Args:
         sets: questions, each with the collection that is asked.
@@ -367,8 +368,8 @@ def calibrate(sets: Sequence[tuple[Collection, Sequence[Task]]], *, told: Told |
         raise MissingExtraError("scikit-learn", "eval")
     points: list[dict[str, float]] = []
     labels: list[int] = []
-    priors: list[dict[str, float]] = []  # of passages read by themselves
-    held: list[int] = []
+    shares: list[float] = []  # of a reading in the whole
+    priors: list[tuple[dict[str, float], int, float]] = []  # the same of passages read by themselves
     jobs: list[tuple[Collection, qa.Reader, Task, str | None]] = []
     for collection, tasks in sets:
         model = load_language_model(collection.settings)
@@ -384,31 +385,32 @@ def calibrate(sets: Sequence[tuple[Collection, Sequence[Task]]], *, told: Told |
             for text in sorted(text for text in made if text):
                 none = Task(task.id, text, (), task.document, answerable=False)
                 jobs.append((collection, model, none, _only(task)))
+    answered = sum(where is None for *_, where in jobs)
     for number, (collection, reader, task, where) in enumerate(jobs, 1):
         settings = collection.settings
         read, _ = qa.within(collection.search(task.question, settings.passages, where=where), reader, settings.budget)
         asked = qa.cut_question(task.question, reader, settings.budget)
         sizes = {"budget": settings.budget, "focus": settings.focus}
-        for found in qa.findings(asked, read, reader, **sizes, closeness=collection.closeness, skip=0.0):
+        for found in qa.findings(asked, read, reader, **sizes, closeness=collection.closeness, skip=0.0, alone=1.0):
             points.append(found.features)
             labels.append(int(any(_holds(task, passage) for passage in found.passages)))
+            shares.append(1.0 if where is None else answered / (len(jobs) - answered))
             if not found.features.get("together"):
-                priors.append(found.prior)
-                held.append(labels[-1])
+                priors.append((found.prior, labels[-1], shares[-1]))
         if told:
             told(number, len(jobs))
-    weights = _fitted(points, labels)
+    weights = _fitted(points, labels, shares)
     probabilities = [answerability.probability(weights, point) for point in points]
     return {
         "weights": weights,
-        "prior": _fitted(priors, held),
+        "prior": _fitted(*zip(*priors, strict=True)),
         "fitted": f"{len(points)} readings for {len(jobs)} searches; {sum(labels)} held the answer",
         "auroc": round(auroc(labels, probabilities), 4),
     }
 
 
-def _fitted(points: Sequence[dict[str, float]], labels: Sequence[int]) -> dict[str, float]:
-    """Fit logistic regression.
+def _fitted(points: Sequence[dict[str, float]], labels: Sequence[int], shares: Sequence[float]) -> dict[str, float]:
+    """Fit logistic regression, each point weighed by its share.
 
     Raises:
         UsageError: all labels are the same.
@@ -422,7 +424,7 @@ def _fitted(points: Sequence[dict[str, float]], labels: Sequence[int]) -> dict[s
         )
     names = list(points[0])
     matrix = np.array([[point[name] for name in names] for point in points])
-    fitted = LogisticRegression(C=10.0, max_iter=1000).fit(matrix, labels)
+    fitted = LogisticRegression(C=10.0, max_iter=1000).fit(matrix, labels, sample_weight=shares)
     weights = {"bias": float(fitted.intercept_[0]), **dict(zip(names, map(float, fitted.coef_[0]), strict=True))}
     return {name: round(weight, 4) for name, weight in weights.items()}
 

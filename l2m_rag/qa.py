@@ -19,7 +19,6 @@ from l2m_rag.config import LONGEST_QUESTION
 from l2m_rag.errors import UsageError
 from l2m_rag.evidence import (
     Closeness,
-    Sentence,
     evidence_features,
     prior_features,
     rank_sentences,
@@ -37,6 +36,9 @@ _SYSTEM_FREE = (
 _REFUSAL = re.compile(r"\b(?:cannot|can't|can not|unable to) answer\b", re.IGNORECASE)
 _WORD = re.compile(r"\w+")
 _HOPELESS = 0.03  # probability of holding the answer below which a passage is not worth reading
+_ALONE = 0.3  # of the surest passage, below which passages are read together
+_OWN = 2.0  # weight of what a passage says by itself beside what is said of it among others
+_UNSAID = -12.0  # log-probability of a span that is not among the best ones of a reading
 
 
 class Speller(Protocol):
@@ -303,13 +305,15 @@ def findings(
     focus: int,
     closeness: Closeness | None,
     skip: float = _HOPELESS,
+    alone: float = _ALONE,
 ) -> Iterator[Finding]:
     """Read passages, and give what was found after each step.
 
     A reader of whole passages reads each by itself, in the order of the search (docs/decisions/0009-one-by-one.md). One
-    that is not likely to hold the answer is skipped. Behind them, one that has learnt to reads the first passage and
-    those that most likely hold the answer together, as one may say who is meant and another what is asked. Any other
-    model reads the best sentences of all of them at once, worst first, so that the best stands by the question.
+    that is not likely to hold the answer is skipped. If it is sure of none and has learnt to, it then reads the first
+    passage and those that most likely hold the answer together, as one may say who is meant and another what is asked
+    (docs/decisions/0018-wider.md). Any other model reads the best sentences of all of them at once, worst first, so
+    that the best stands by the question.
 
     Args:
         question: to be asked.
@@ -319,12 +323,14 @@ def findings(
         focus: sentences that are read at once.
         closeness: compares the question with sentences.
         skip: probability of holding the answer, by the search alone, below which a passage but the first is not read.
+        alone: probability of the surest passage from which on none are read together.
     """
     if not reader.whole:
         ranked = rank_sentences(question, read, closeness)
         places = [(sentence.passage, sentence.start, sentence.end) for sentence in ranked[:focus]]
         if places:
-            yield _found(question, read, ranked, places[::-1], reader, prior_features(read[0], read[0].score))
+            found = _found(question, read, places[::-1], reader, prior_features(read[0], read[0].score))
+            yield replace(found, features=evidence_features(read, ranked, found.quoted))
         return
     tried: list[Finding] = []
     for number, passage in enumerate(read):
@@ -332,33 +338,62 @@ def findings(
         if number and answerability.probability(reader.prior, prior) < skip:
             continue
         whole = len(reader.cut(passage.chunk.text, budget))
-        ranked = rank_sentences(question, [passage], None)
-        if ranked:
-            found = _found(question, [passage], ranked, [(0, 0, whole)], reader, prior)
-            tried.append(found)
-            yield found
-    both = _together(tried, reader, budget)
+        if passage.chunk.text[:whole].strip():
+            tried.append(_found(question, [passage], [(0, 0, whole)], reader, prior))
+            yield tried[-1]
+    both = _together(tried, reader, budget, alone)
     if len(both) > 1:
         places = [(number, 0, len(passage.chunk.text)) for number, passage in enumerate(both)]
-        ranked = rank_sentences(question, both, None)
-        yield _found(question, both, ranked, places[::-1], reader, prior_features(both[0], read[0].score))
+        prior = prior_features(both[0], read[0].score)
+        yield _agreed(_found(question, both, places[::-1], reader, prior), tried)
 
 
-def _together(tried: Sequence[Finding], reader: Reader, budget: int) -> list[Passage]:
+def _together(tried: Sequence[Finding], reader: Reader, budget: int, alone: float) -> list[Passage]:
     """Give the passages that are worth reading together: the first, and those that most likely hold the answer."""
-    others = sorted(tried[1:], key=lambda found: -answerability.probability(reader.answerability, found.features))
+    if reader.together == 1:
+        return []
+    likely = [answerability.probability(reader.answerability, found.features) for found in tried]
+    if max(likely, default=1.0) >= alone:
+        return []
+    order = sorted(range(len(tried)), key=lambda number: -likely[number] if number else -math.inf)
     chosen: list[Passage] = []
-    for found in [*tried[:1], *others]:
-        passage = found.passages[0]
+    for number in order:
+        (passage,) = tried[number].passages
         if len(chosen) < reader.together and sum(reader.count(one.chunk.text) for one in [*chosen, passage]) <= budget:
             chosen.append(passage)
     return chosen
 
 
+def _agreed(joint: Finding, tried: Sequence[Finding]) -> Finding:
+    """Give what was found in passages together, each span weighed by what its passage said of it by itself, too.
+
+    The score is a weighted sum of both log-probabilities, a product of experts (Hinton, 2002, equation 1).
+    """
+    Key = tuple[str, str]
+    scores: list[dict[Key, float]] = [{}, {}]
+    found: dict[Key, dict[int, tuple[Span, Passage]]] = {}
+    inside = {passage.chunk.id for passage in joint.passages}
+    for number, one in enumerate([joint, *tried]):
+        for span, passage in one.spans:
+            key = passage.chunk.id, _text(span, passage)
+            if passage.chunk.id in inside:
+                found.setdefault(key, {}).setdefault(span.start, (span, passage))
+                scores[min(number, 1)].setdefault(key, span.score)
+    together, alone = scores
+    both = {
+        key: max(together.get(key, _UNSAID), _UNSAID) + _OWN * max(alone.get(key, _UNSAID), _UNSAID) for key in found
+    }
+    spans = [
+        (replace(span, score=both[key]), passage)
+        for key in sorted(found, key=lambda key: -both[key])
+        for span, passage in found[key].values()
+    ]
+    return replace(joint, spans=spans)
+
+
 def _found(
     question: str,
     read: Sequence[Passage],
-    ranked: Sequence[Sentence],
     places: Sequence[tuple[int, int, int]],
     reader: Reader,
     prior: dict[str, float],
@@ -370,8 +405,8 @@ def _found(
         number, shift, _ = places[span.passage]
         moved = replace(span, passage=number, start=span.start + shift, end=span.end + shift)
         spans.append((moved, read[number]))
-    together = {"together": float(len(places) > 1)} if reader.whole else {}
-    return Finding(read, spans, quoted, {**prior, **evidence_features(read, ranked, quoted), **together}, prior)
+    features = {**prior, **evidence_features(read, rank_sentences(question, read, None), quoted)}
+    return Finding(read, spans, quoted, {**features, "together": float(len(read) > 1)}, prior)
 
 
 def _quote(
@@ -390,6 +425,8 @@ def _quote(
     skip = _HOPELESS if enough < 1 else 0.0  # 1 is to read all
     for finding in findings(question, read, reader, **sizes, closeness=closeness, skip=skip):
         probability = answerability.probability(reader.answerability, finding.features)
+        if len(finding.passages) > 1:  # has seen what the others have
+            probability = max([probability, *(known for known, _ in tried)])
         tried.append((probability, finding))
         if probability >= enough:
             break
@@ -397,7 +434,8 @@ def _quote(
     prompt = sum(finding.quoted.prompt for _, finding in tried)
     positions = sum(finding.quoted.recalled for _, finding in tried)
     ratio = max((finding.quoted.ratio for _, finding in tried), default=1)
-    tried = sorted((entry for entry in tried if entry[1].spans), key=lambda entry: -entry[0])
+    spoken = (entry for entry in tried if entry[1].spans)
+    tried = sorted(spoken, key=lambda entry: (-entry[0], -len(entry[1].passages)))
     none = _Draft("", "none", 0.0, [], prompt, 0, time.monotonic(), steps, positions, ratio)
     if not tried:
         return none
@@ -407,11 +445,12 @@ def _quote(
     equal = sorted((entry for entry in finding.spans if entry[0].score == top), key=lambda entry: -entry[1].score)
     text = _text(*equal[0])
     equal += [other.spans[0] for _, other in tried[1:] if _text(*other.spans[0]) == text]
-    places = {(passage.chunk.id, span.start, span.end): (span, passage) for span, passage in reversed(equal)}
-    equal = list(places.values())[::-1]  # what was read by itself and with others is cited once
+    once: dict[tuple[str, int], tuple[Span, Passage]] = {}  # though it was read by itself and with others
+    for span, passage in equal:
+        once.setdefault((passage.chunk.id, span.start), (span, passage))
     if probability < abstain_below:
         return replace(none, probability=probability, generated=equal[0][0].tokens)
-    cited, generated = _numbered(equal[:3]), equal[0][0].tokens
+    cited, generated = _numbered(list(once.values())[:3]), equal[0][0].tokens
     return replace(none, text=text, kind="span", probability=probability, citations=cited, generated=generated)
 
 

@@ -218,6 +218,20 @@ class Sure:
         return Quoted([Span(0, 0, 3, -0.1 if held else -4.0, 1)], -5.0 if held else -0.1, 4, 3)
 
 
+def test_a_half_is_where_as_many_have_an_answer_as_have_none() -> None:
+    pytest.importorskip("sklearn")
+    points = [{"x": float(number)} for number in range(-4, 5)] * 2
+    labels = [0, 0, 0, 1, 0, 1, 0, 1, 1, 0, 0, 1, 0, 1, 0, 1, 1, 1]
+    once = evaluate._fitted(points, labels, [1.0] * len(points))
+    # each that has none comes three times, and weighs a third
+    more = [(point, label) for point, label in zip(points, labels, strict=True) for _ in range(1 if label else 3)]
+    shares = [1.0 if label else 1 / 3 for _, label in more]
+    again = evaluate._fitted([point for point, _ in more], [label for _, label in more], shares)
+    assert again == pytest.approx(once, abs=2e-3)
+    lean = evaluate._fitted([point for point, _ in more], [label for _, label in more], [1.0] * len(more))
+    assert lean["bias"] < once["bias"] - 0.5
+
+
 def test_the_probability_is_fitted_on_readings_with_and_without_the_document(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate, "load_language_model", lambda settings: Sure())
     asked: list[tuple[str, str | None]] = []

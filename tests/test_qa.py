@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -350,26 +351,29 @@ class Joining(ByPassage):
 
 
 def test_passages_that_are_not_enough_by_themselves_are_read_together() -> None:
-    odds = {"the first": -3.0, "b": -5.0, "c likely": 0.0, "d": -1.0, "e": -9.0}
+    odds = {"the first": -3.0, "b": -5.0, "c likely": -1.0, "d": -1.5, "e": -9.0}
     read = [passage(text, document=text, score=1 - number / 100) for number, text in enumerate(odds)]
-    model = Joining(odds, {text: text for text in odds}, joint=2.0)
+    model = Joining(odds, {text: text for text in odds}, joint=-0.2)
     found = qa.answer("facts?", lambda _, k: read, model, abstain_below=0.0)
     assert model.prompts == [*odds, "d | c likely | the first"]  # the first and the likeliest, worst first
     assert found.answer == "the first"
+    assert found.answerable_probability == pytest.approx(1 / (1 + math.exp(0.2)), abs=1e-4)
     assert [len(step["read"]) for step in found.steps] == [1] * 5 + [3]  # type: ignore[arg-type]
     (cited,) = found.citations  # read twice, cited once
     assert (cited.document, cited.start, cited.quote) == ("the first", 0, "the first")
-    model.joint = -1.0  # less sure than one passage was
-    assert qa.answer("facts?", lambda _, k: read, model, abstain_below=0.0).answer == "c likely"
-    model.prompts.clear()
-    qa.answer("facts?", lambda _, k: read[2:], model, enough=0.4, abstain_below=0.0)
-    assert model.prompts == ["c likely"]  # enough by itself
+    model.joint = -11.0  # it hardly says so, and "c likely" by itself was far surer of its own
+    found = qa.answer("facts?", lambda _, k: read, model, abstain_below=0.0)
+    assert found.answer == "c likely"
+    assert found.answerable_probability == pytest.approx(1 / (1 + math.exp(1.0)), abs=1e-4)  # of the surest of all
     model.prompts.clear()
     qa.answer("facts?", lambda _, k: read[:1], model, abstain_below=0.0)
     assert model.prompts == ["the first"]
     model.prompts.clear()
     qa.answer("facts?", lambda _, k: read, model, budget=5, abstain_below=0.0)
     assert len(model.prompts[-1].replace(" |", "").split()) <= 5
+    model.odds, model.prompts = {**odds, "d": -0.8}, []
+    assert qa.answer("facts?", lambda _, k: read, model, abstain_below=0.0).answer == "d"
+    assert model.prompts == [*odds]  # one that is not unlikely by itself is enough
 
 
 @given(st.lists(st.tuples(st.floats(-8, 8), st.floats(0, 1)), min_size=1, max_size=6), st.floats(0, 1))
