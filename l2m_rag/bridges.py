@@ -20,8 +20,10 @@ _MONTH = "(?:January|February|March|April|May|June|July|August|September|October
 _DATE = rf"((?:\d{{1,2}} )?{_MONTH},? (?:\d{{1,2}}, ?)?\d{{4}}|\d{{3,4}})\b"
 _HE = re.compile(r"\b(?:he|his|him)\b", re.IGNORECASE)
 _SHE = re.compile(r"\b(?:she|her)\b", re.IGNORECASE)
-_WORKS = ("directed", "produced", "written", "composed", "performed", "recorded", "sung")
-_MAKERS = ("director", "producer", "writer", "composer", "performer", "performer", "singer")
+_WORKS = {
+    "directed": "director", "produced": "producer", "written": "writer", "composed": "composer",
+    "performed": "performer", "recorded": "performer", "sung": "singer",
+}  # fmt: skip
 _KIN = {"son": "parent", "daughter": "parent", "child": "parent", "wife": "spouse", "husband": "spouse"}
 _MEANT = re.compile(
     rf"\b(?:(?P<work>{'|'.join(_WORKS)})(?: and \w+)? by|(?P<kin>{'|'.join(_KIN)}) of|(?P<wed>married)(?: to)?)"
@@ -62,9 +64,9 @@ def bridges(texts: Mapping[str, str], draw: random.Random) -> Iterator[Bridge]:
     """Make questions of passages by their titles."""
     named: dict[str, list[str]] = {}
     for title, text in texts.items():
-        named.setdefault(re.sub(r" \(.*\)$", "", title), []).append(text)
+        named.setdefault(_plain(title), []).append(text)
     for title, beside in texts.items():
-        plain = re.sub(r" \(.*\)$", "", title)
+        plain = _plain(title)
         for meant in _MEANT.finditer(beside):
             name = meant["name"].rstrip(".")
             held = named.get(name, [])
@@ -79,10 +81,15 @@ def bridges(texts: Mapping[str, str], draw: random.Random) -> Iterator[Bridge]:
                     yield Bridge(passage, draw.choice(asks).format(who), answer, beside)
 
 
+def _plain(title: str) -> str:
+    """Give a title without what tells it from others of the name, as "(film)"."""
+    return re.sub(r" \(.*\)$", "", title)
+
+
 def _role(meant: re.Match[str], passage: str) -> str:
     """Say what the one who is meant is to the other."""
     if meant["work"]:
-        return _MAKERS[_WORKS.index(meant["work"])]
+        return _WORKS[meant["work"]]
     kin = "spouse" if meant["wed"] else _KIN[meant["kin"]]
     he, she = len(_HE.findall(passage)), len(_SHE.findall(passage))
     if he == she:

@@ -13,7 +13,7 @@ from typing import Any
 
 from l2m_rag.errors import UsageError
 from l2m_rag.probes import noise_sentences, sentences
-from l2m_rag.tasks import rows
+from l2m_rag.tasks import WIKI, rows
 
 Triple = tuple[str, str, str]
 """A passage, a question about it, and the answer, which stands in the passage."""
@@ -23,8 +23,6 @@ _OPENS = re.compile(r"(?:^|[.!?:;\n]['\")]? +)\w+$")
 _WORD = 80  # characters of a word with what stands before it
 _ITEM = r"(?:(?:the|an?) )?(?:[A-Z][\w'’-]*(?: [A-Z][\w'’-]*){0,3}|[a-z][\w-]+)"  # noqa: RUF001
 _LIST = re.compile(rf"(?<= )(?:{_ITEM}, ){{1,5}}{_ITEM},? (?:and|or) {_ITEM}(?= ?[.;,])")
-WIKI = ("wiki_passages/2wiki_corpus", "wiki_passages/hotpot_corpus")
-"""Files of encyclopedia passages."""
 _SPOKEN = re.compile(r"\{\w+\} ?| (?=[,.?!']|n't\b)")  # marks of a transcript, and its spaces before a stop
 _WORDS = 110  # of a passage
 _LONGEST = 1400  # characters of a paragraph, about 320 tokens
@@ -45,7 +43,7 @@ def texts_of(kind: str, data: Path, draw: random.Random, most: int) -> list[str]
         UsageError: there are none in the folder.
     """
     if kind in ("wiki", "encyclopedia"):
-        found = [row["text"] for name in WIKI for row in _rows(data, name)]
+        found = [row["text"] for name in WIKI for row in rows(data / name)]
         if kind == "encyclopedia":
             found += [row["context"].partition(" -- ")[2] or row["context"] for row in _rows(data, "boolq/dev")]
             found += [row["context"] for row in _rows(data, "selqa/dev_test")]

@@ -19,6 +19,7 @@ from l2m_rag.config import LONGEST_QUESTION
 from l2m_rag.errors import UsageError
 from l2m_rag.evidence import (
     Closeness,
+    Sentence,
     evidence_features,
     prior_features,
     rank_sentences,
@@ -329,8 +330,7 @@ def findings(
         ranked = rank_sentences(question, read, closeness)
         places = [(sentence.passage, sentence.start, sentence.end) for sentence in ranked[:focus]]
         if places:
-            found = _found(question, read, places[::-1], reader, prior_features(read[0], read[0].score))
-            yield replace(found, features=evidence_features(read, ranked, found.quoted))
+            yield _found(question, read, ranked, places[::-1], reader, prior_features(read[0], read[0].score))
         return
     tried: list[Finding] = []
     for number, passage in enumerate(read):
@@ -339,13 +339,14 @@ def findings(
             continue
         whole = len(reader.cut(passage.chunk.text, budget))
         if passage.chunk.text[:whole].strip():
-            tried.append(_found(question, [passage], [(0, 0, whole)], reader, prior))
+            ranked = rank_sentences(question, [passage], None)
+            tried.append(_found(question, [passage], ranked, [(0, 0, whole)], reader, prior))
             yield tried[-1]
     both = _together(tried, reader, budget, alone)
     if len(both) > 1:
         places = [(number, 0, len(passage.chunk.text)) for number, passage in enumerate(both)]
-        prior = prior_features(both[0], read[0].score)
-        yield _agreed(_found(question, both, places[::-1], reader, prior), tried)
+        ranked, prior = rank_sentences(question, both, None), prior_features(both[0], read[0].score)
+        yield _agreed(_found(question, both, ranked, places[::-1], reader, prior), tried)
 
 
 def _together(tried: Sequence[Finding], reader: Reader, budget: int, alone: float) -> list[Passage]:
@@ -355,13 +356,8 @@ def _together(tried: Sequence[Finding], reader: Reader, budget: int, alone: floa
     likely = [answerability.probability(reader.answerability, found.features) for found in tried]
     if max(likely, default=1.0) >= alone:
         return []
-    order = sorted(range(len(tried)), key=lambda number: -likely[number] if number else -math.inf)
-    chosen: list[Passage] = []
-    for number in order:
-        (passage,) = tried[number].passages
-        if len(chosen) < reader.together and sum(reader.count(one.chunk.text) for one in [*chosen, passage]) <= budget:
-            chosen.append(passage)
-    return chosen
+    order = [0, *sorted(range(1, len(tried)), key=lambda number: -likely[number])]
+    return within([tried[number].passages[0] for number in order], reader, budget)[0][: reader.together]
 
 
 def _agreed(joint: Finding, tried: Sequence[Finding]) -> Finding:
@@ -369,31 +365,24 @@ def _agreed(joint: Finding, tried: Sequence[Finding]) -> Finding:
 
     The score is a weighted sum of both log-probabilities, a product of experts (Hinton, 2002, equation 1).
     """
-    Key = tuple[str, str]
-    scores: list[dict[Key, float]] = [{}, {}]
-    found: dict[Key, dict[int, tuple[Span, Passage]]] = {}
+
+    def said(found: Sequence[Finding]) -> dict[tuple[str, str], float]:
+        return {(passage.chunk.id, _text(span, passage)): span.score for one in found for span, passage in one.spans}
+
+    together, alone = said([joint]), said(tried)
     inside = {passage.chunk.id for passage in joint.passages}
-    for number, one in enumerate([joint, *tried]):
-        for span, passage in one.spans:
-            key = passage.chunk.id, _text(span, passage)
-            if passage.chunk.id in inside:
-                found.setdefault(key, {}).setdefault(span.start, (span, passage))
-                scores[min(number, 1)].setdefault(key, span.score)
-    together, alone = scores
-    both = {
-        key: max(together.get(key, _UNSAID), _UNSAID) + _OWN * max(alone.get(key, _UNSAID), _UNSAID) for key in found
-    }
-    spans = [
-        (replace(span, score=both[key]), passage)
-        for key in sorted(found, key=lambda key: -both[key])
-        for span, passage in found[key].values()
-    ]
-    return replace(joint, spans=spans)
+    spans: dict[tuple[str, int, int], tuple[Span, Passage]] = {}
+    for span, passage in (entry for one in [joint, *tried] for entry in one.spans if entry[1].chunk.id in inside):
+        key = passage.chunk.id, _text(span, passage)
+        score = max(together.get(key, _UNSAID), _UNSAID) + _OWN * max(alone.get(key, _UNSAID), _UNSAID)
+        spans.setdefault((passage.chunk.id, span.start, span.end), (replace(span, score=score), passage))
+    return replace(joint, spans=sorted(spans.values(), key=lambda entry: -entry[0].score))
 
 
 def _found(
     question: str,
     read: Sequence[Passage],
+    ranked: Sequence[Sentence],
     places: Sequence[tuple[int, int, int]],
     reader: Reader,
     prior: dict[str, float],
@@ -405,8 +394,10 @@ def _found(
         number, shift, _ = places[span.passage]
         moved = replace(span, passage=number, start=span.start + shift, end=span.end + shift)
         spans.append((moved, read[number]))
-    features = {**prior, **evidence_features(read, rank_sentences(question, read, None), quoted)}
-    return Finding(read, spans, quoted, {**features, "together": float(len(read) > 1)}, prior)
+    features = evidence_features(read, ranked, quoted)
+    if reader.whole:
+        features = {**prior, **features, "together": float(len(read) > 1)}
+    return Finding(read, spans, quoted, features, prior)
 
 
 def _quote(

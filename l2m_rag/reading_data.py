@@ -20,12 +20,12 @@ import numpy as np
 import numpy.typing as npt
 
 from l2m_rag.bridges import Bridge, bridges, hotpot, titled
-from l2m_rag.clozes import WIKI, Triple, lists, texts_of
+from l2m_rag.clozes import Triple, lists, texts_of
 from l2m_rag.clozes import clozes as make_clozes
 from l2m_rag.errors import CorruptError, UsageError
 from l2m_rag.indexers.chunking import Tokenizer, split
 from l2m_rag.memory_tiers.records import Parsed
-from l2m_rag.tasks import part_of, rows
+from l2m_rag.tasks import WIKI, part_of, rows
 
 EVALUATION = (
     "squad_subset/xquad_en", "squad_subset/squad2_small", "nq_oracle/dev", "clapnq/dev", "policyqa/dev",
@@ -264,7 +264,7 @@ def _triples(source: str, data: Path, tokenizer: Tokenizer, most: int, seed: int
         return _dialogues(_drawn(data / "sgd/train.jsonl.zst", most, seed))
     draw = random.Random(seed)
     if source == "bridges":
-        wiki = titled(row for name in WIKI for row in rows(data / f"{name}.jsonl.zst"))
+        wiki = titled(row for name in WIKI for row in rows(data / name))
         return chain(bridges(wiki, draw), hotpot(data / "hotpotqa_100/train_sample.jsonl.zst"))
     texts = texts_of(_CLOZES.get(source, "wiki"), data, draw, most)
     return lists(texts, draw) if source == "lists" else make_clozes(texts, draw)

@@ -66,22 +66,23 @@ class _Files:
     train: bool = False
 
 
-_WIKI = ("wiki_passages/2wiki_corpus.jsonl.zst", "wiki_passages/hotpot_corpus.jsonl.zst")
+WIKI = ("wiki_passages/2wiki_corpus.jsonl.zst", "wiki_passages/hotpot_corpus.jsonl.zst")
+"""Files of encyclopedia passages, below the data folder."""
 _SQUAD2 = "squad_subset/squad2_small.jsonl.zst"
 
 SETS = {
     # squad2's paragraphs stand among the passages of xquad: 7,430 in all
-    "xquad": _Files(("squad_subset/xquad_en.jsonl.zst",), distractors=(_SQUAD2, *_WIKI)),
-    "squad2": _Files((_SQUAD2,), distractors=("squad_subset/xquad_en.jsonl.zst", *_WIKI)),
-    "squad-train": _Files(("squad/squad11_train_subset.jsonl.zst",), distractors=_WIKI, train=True),
-    "nq": _Files(("nq_oracle/dev.jsonl.zst",), distractors=_WIKI),
-    "clapnq": _Files(("clapnq/dev.jsonl.zst",), distractors=_WIKI),
+    "xquad": _Files(("squad_subset/xquad_en.jsonl.zst",), distractors=(_SQUAD2, *WIKI)),
+    "squad2": _Files((_SQUAD2,), distractors=("squad_subset/xquad_en.jsonl.zst", *WIKI)),
+    "squad-train": _Files(("squad/squad11_train_subset.jsonl.zst",), distractors=WIKI, train=True),
+    "nq": _Files(("nq_oracle/dev.jsonl.zst",), distractors=WIKI),
+    "clapnq": _Files(("clapnq/dev.jsonl.zst",), distractors=WIKI),
     "policyqa": _Files(("policyqa/dev.jsonl.zst",)),
     "tweetqa": _Files(("tweetqa/dev.jsonl.zst",)),
     "ropes": _Files(("ropes/dev.jsonl.zst",)),
     "covidqa": _Files(("covidqa/qa.jsonl.zst",), documents=("covidqa/docs.jsonl.zst",), train=True),
     "multispanqa": _Files(("multispanqa/dev.jsonl.zst",), train=True),  # to fit on: the reader learns nothing from it
-    "selqa": _Files(("selqa/dev_test.jsonl.zst",), distractors=_WIKI, train=True),  # as that
+    "selqa": _Files(("selqa/dev_test.jsonl.zst",), distractors=WIKI, train=True),  # as that
     # long documents, one at a time
     "cuad": _Files(("cuad/qa.jsonl.zst",), documents=("cuad/contracts.jsonl.zst",), part="evaluation"),
     "timeqa": _Files(("timeqa/qa_train.jsonl.zst",), documents=("timeqa/docs.jsonl.zst",), part="evaluation"),
