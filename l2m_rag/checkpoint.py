@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
@@ -44,7 +46,29 @@ def add_lora(backbone: Backbone, rank: int) -> None:
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers), backbone.causal_lm)
 
 
-def save_model(model: L2M, folder: Path, *, backbone: dict[str, Any], lora: int = 0, together: int = 1) -> None:
+@contextmanager
+def without_lora(backbone: Backbone) -> Iterator[None]:
+    """Run a backbone as it was before `add_lora`; no gradient may be asked for until it is over."""
+    layers: list[Any] = [part for part in backbone.causal_lm.modules() if hasattr(part, "lora_A")]
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def save_model(
+    model: L2M,
+    folder: Path,
+    *,
+    backbone: dict[str, Any],
+    lora: int = 0,
+    together: int = 1,
+    free: bool = False,
+    again: bool = False,
+) -> None:
     """Write the trained part of a model, so that a folder of that name is whole or not there.
 
     Args:
@@ -53,6 +77,8 @@ def save_model(model: L2M, folder: Path, *, backbone: dict[str, Any], lora: int 
         backbone: how it is made: `{"source": ...}` for `load_backbone`, or `{"tiny": {...}}` for `tiny_backbone`.
         lora: rank of the adapters; 0 for none.
         together: most passages that it learnt to read at once.
+        free: whether it learnt to answer in its own words.
+        again: whether questions are put twice.
     """
     scratch = folder.with_name(f".{folder.name}.{os.getpid()}")
     scratch.mkdir(parents=True)
@@ -74,6 +100,8 @@ def save_model(model: L2M, folder: Path, *, backbone: dict[str, Any], lora: int 
         "fingerprint": fingerprint(model.backbone),
         "lora": lora,
         "together": together,
+        "free": free,
+        "again": again,
         "shards": len(shards),
         "parameters": len(trained),
     }
@@ -108,6 +136,16 @@ def source_of(folder: Path) -> str:
 def together_of(folder: Path) -> int:
     """Give how many passages a checkpoint learnt to read at once; 1 where it does not say."""
     return int(_described(folder).get("together", 1))
+
+
+def free_of(folder: Path) -> bool:
+    """Say whether a checkpoint learnt to answer in its own words."""
+    return bool(_described(folder).get("free", False))
+
+
+def again_of(folder: Path) -> bool:
+    """Say whether a checkpoint learnt from questions that are put twice."""
+    return bool(_described(folder).get("again", False))
 
 
 def _described(folder: Path) -> dict[str, Any]:

@@ -55,6 +55,9 @@ class TaskRecipe:
         asker: folder of a checkpoint that learnt it; its questions are learnt from, beside the sources.
         written: passages that it writes questions to.
         together: most passages of a row; the reader that answers by default reads one at a time.
+        freely: share of the questions whose answer stands in the passage that are asked for the reader's own words;
+            reading.
+        again: put each question twice; reading.
         ratios: at which passages are read, one drawn for each batch; reading.
         rebuild: share of steps in which passages, of `noise` where it is named, are written back from pooled states.
         cached: most bytes of lower states that are kept between batches; reading on a CPU.
@@ -80,6 +83,8 @@ class TaskRecipe:
     asker: str = ""
     written: int = 4000
     together: int = 4
+    freely: float = 0.0
+    again: bool = False
     ratios: tuple[int, ...] = (1,)
     rebuild: float = 0.0
     cached: int = 0
@@ -91,6 +96,8 @@ class TaskRecipe:
             raise ConfigError(f"task.noise must name a folder of books for task.kind {self.kind}")
         if self.kind == "reading" and not self.data:
             raise ConfigError("task.data must name the folder of the question sets for task.kind reading")
+        if not 0 <= self.freely <= 1:
+            raise ConfigError(f"task.freely ({self.freely}) must be a share between 0 and 1")
         if self.shares and len(self.shares) != len(self.sources):
             raise ConfigError(f"task.shares ({list(self.shares)}) must hold one share for each of task.sources")
         if not 0 <= self.renamed <= 1:

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from l2m_rag import answerability, qa
+from l2m_rag import answerability
 from l2m_rag.collection import Collection
 from l2m_rag.errors import MissingExtraError, UsageError
+from l2m_rag.findings import Reader, cut_question, findings, within
 from l2m_rag.memory_tiers.records import Passage
 from l2m_rag.models import load_language_model
 from l2m_rag.overlap import normal, token_f1
@@ -370,10 +371,10 @@ def calibrate(sets: Sequence[tuple[Collection, Sequence[Task]]], *, told: Told |
     labels: list[int] = []
     shares: list[float] = []  # of a reading in the whole
     priors: list[tuple[dict[str, float], int, float]] = []  # the same of passages read by themselves
-    jobs: list[tuple[Collection, qa.Reader, Task, str | None]] = []
+    jobs: list[tuple[Collection, Reader, Task, str | None]] = []
     for collection, tasks in sets:
         model = load_language_model(collection.settings)
-        if not isinstance(model, qa.Reader):
+        if not isinstance(model, Reader):
             raise UsageError("the probability is fitted with a model that can quote; leave out --llm-url")
         asked_of = [task for task in tasks if task.document and task.answers]
         jobs += [(collection, model, task, where) for task in asked_of for where in (None, _without(task))]
@@ -388,10 +389,10 @@ def calibrate(sets: Sequence[tuple[Collection, Sequence[Task]]], *, told: Told |
     answered = sum(where is None for *_, where in jobs)
     for number, (collection, reader, task, where) in enumerate(jobs, 1):
         settings = collection.settings
-        read, _ = qa.within(collection.search(task.question, settings.passages, where=where), reader, settings.budget)
-        asked = qa.cut_question(task.question, reader, settings.budget)
+        read, _ = within(collection.search(task.question, settings.passages, where=where), reader, settings.budget)
+        asked = cut_question(task.question, reader, settings.budget)
         sizes = {"budget": settings.budget, "focus": settings.focus}
-        for found in qa.findings(asked, read, reader, **sizes, closeness=collection.closeness, skip=0.0, alone=1.0):
+        for found in findings(asked, read, reader, **sizes, closeness=collection.closeness, skip=0.0, alone=1.0):
             points.append(found.features)
             labels.append(int(any(_holds(task, passage) for passage in found.passages)))
             shares.append(1.0 if where is None else answered / (len(jobs) - answered))

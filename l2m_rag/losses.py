@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from l2m_rag.checkpoint import without_lora
 from l2m_rag.memory_tiers import working
 from l2m_rag.memory_tiers.router import LONG_TERM, NONE, STOP, WORKING
 from l2m_rag.memory_tiers.working import Records
@@ -155,7 +156,7 @@ class EpisodeLoss(nn.Module):
         return state, far, {name: torch.stack(parts).mean() for name, parts in losses.items() if parts}
 
     def _distance(self, x: Tensor, logits: Tensor, real: Tensor) -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), without_lora(self.model.backbone):
             positions = torch.arange(x.shape[1], device=x.device)[None]
             alone = self.model.backbone.head(self.model.backbone.upper(x, positions))
         inside = torch.arange(x.shape[1], device=x.device) < real[:, None]

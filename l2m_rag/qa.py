@@ -10,86 +10,24 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Protocol, runtime_checkable
 
 from l2m_rag import answerability
 from l2m_rag.config import LONGEST_QUESTION
 from l2m_rag.errors import UsageError
-from l2m_rag.evidence import (
-    Closeness,
-    Sentence,
-    evidence_features,
-    prior_features,
-    rank_sentences,
-    sentences,
-)
+from l2m_rag.evidence import Closeness, evidence_features, rank_sentences, sentences
+from l2m_rag.findings import HOPELESS, Finding, Reader, Speller, Teller, cut_question, findings, span_text, within
 from l2m_rag.generate import milliseconds
 from l2m_rag.memory_tiers.records import Passage
-from l2m_rag.spans import Quoted, Span
+from l2m_rag.spans import Span
 
-_QUESTION_SHARE = 4  # a question takes at most one in four of the positions
 _SYSTEM_FREE = (
     "You answer questions from the numbered passages only. Name the passages you used like [1]. "
     "Reply with 'I cannot answer' when they do not hold the answer."
 )
 _REFUSAL = re.compile(r"\b(?:cannot|can't|can not|unable to) answer\b", re.IGNORECASE)
 _WORD = re.compile(r"\w+")
-_HOPELESS = 0.03  # probability of holding the answer below which a passage is not worth reading
-_ALONE = 0.3  # of the surest passage, below which passages are read together
-_OWN = 2.0  # weight of what a passage says by itself beside what is said of it among others
-_UNSAID = -12.0  # log-probability of a span that is not among the best ones of a reading
-
-
-class Speller(Protocol):
-    """What an answer needs of any language model: to count, to cut, and to write."""
-
-    @property
-    def name(self) -> str:
-        """How the model is called."""
-        ...
-
-    def count(self, text: str) -> int:
-        """Give the number of tokens of a text."""
-        ...
-
-    def cut(self, text: str, tokens: int) -> str:
-        """Give the beginning of a text that has at most `tokens` tokens."""
-        ...
-
-    def reply(self, system: str, user: str, *, most: int) -> Iterator[str]:
-        """Write a reply of at most `most` tokens, piece by piece."""
-        ...
-
-
-@runtime_checkable
-class Reader(Speller, Protocol):
-    """A language model that can be held to spans of the passages."""
-
-    @property
-    def whole(self) -> bool:
-        """Whether it reads passages whole, each by itself; else the sentences of all that fit the question best."""
-        ...
-
-    @property
-    def together(self) -> int:
-        """How many passages it reads together when none was enough by itself; 1 where it has not learnt to."""
-        ...
-
-    @property
-    def answerability(self) -> dict[str, float]:
-        """Weights of the probability that there is an answer."""
-        ...
-
-    @property
-    def prior(self) -> dict[str, float]:
-        """Weights of the same before a passage is read; used when passages are read whole."""
-        ...
-
-    def quote(self, question: str, passages: Sequence[str]) -> Quoted:
-        """Find the spans of some texts that most likely answer a question, best first."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +126,8 @@ def answer(
             reads no more; 1 reads all that fit the budget.
         closeness: compares the question with sentences; without it only their words are compared.
         abstain_below: no answer is given when the probability that there is one lies below.
-        free: write freely instead of quoting.
+        free: answer in the model's own words instead of quoting: in a few, from the passage that most likely holds the
+            answer, if the model has learnt that; else in a text that is written from all passages.
         history: (question, answer) of the turns before, oldest first; the last one helps the search.
         on_text: called with each piece of the answer as soon as it is certain.
 
@@ -204,6 +143,9 @@ def answer(
     read, positions = within(hits, model, budget)
     if not read:
         draft = _Draft("", "none", 0.0, [], 0, 0, time.monotonic())
+    elif free and isinstance(model, Teller) and model.free:
+        draft = _quote(asked, read, model, abstain_below, budget, focus, enough, closeness, model)
+        say(draft.text)
     elif isinstance(model, Reader) and not free:
         draft = _quote(asked, read, model, abstain_below, budget, focus, enough, closeness)
         say(draft.text)
@@ -260,146 +202,6 @@ def check_question(question: str) -> None:
         raise UsageError("the question needs at least one letter or digit")
 
 
-def cut_question(question: str, model: Speller, budget: int) -> str:
-    """Give the beginning of a question that takes at most its share of the positions."""
-    return model.cut(question, budget // _QUESTION_SHARE)
-
-
-def within(hits: Sequence[Passage], model: Speller, budget: int) -> tuple[list[Passage], int]:
-    """Give the best passages that fit the budget whole (the first one in any case, cut later), and their positions."""
-    read: list[Passage] = []
-    positions = 0
-    for hit in hits:
-        cost = model.count(hit.chunk.text)
-        if read and positions + cost > budget:
-            continue
-        read.append(hit)
-        positions += min(cost, budget)
-    return read, positions
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """What a reader found in passages that it read together.
-
-    Args:
-        passages: that were read.
-        spans: the best ones, best first, each with its passage; offsets are those in it.
-        quoted: all that the reader said.
-        features: of the probability that the passages hold an answer.
-        prior: the same before they were read.
-    """
-
-    passages: Sequence[Passage]
-    spans: list[tuple[Span, Passage]]
-    quoted: Quoted
-    features: dict[str, float]
-    prior: dict[str, float]
-
-
-def findings(
-    question: str,
-    read: Sequence[Passage],
-    reader: Reader,
-    *,
-    budget: int,
-    focus: int,
-    closeness: Closeness | None,
-    skip: float = _HOPELESS,
-    alone: float = _ALONE,
-) -> Iterator[Finding]:
-    """Read passages, and give what was found after each step.
-
-    A reader of whole passages reads each by itself, in the order of the search (docs/decisions/0009-one-by-one.md). One
-    that is not likely to hold the answer is skipped. If it is sure of none and has learnt to, it then reads the first
-    passage and those that most likely hold the answer together, as one may say who is meant and another what is asked
-    (docs/decisions/0018-wider.md). Any other model reads the best sentences of all of them at once, worst first, so
-    that the best stands by the question.
-
-    Args:
-        question: to be asked.
-        read: passages, best first; at least one.
-        reader: reads.
-        budget: a passage is cut to so many tokens, and no more are read together.
-        focus: sentences that are read at once.
-        closeness: compares the question with sentences.
-        skip: probability of holding the answer, by the search alone, below which a passage but the first is not read.
-        alone: probability of the surest passage from which on none are read together.
-    """
-    if not reader.whole:
-        ranked = rank_sentences(question, read, closeness)
-        places = [(sentence.passage, sentence.start, sentence.end) for sentence in ranked[:focus]]
-        if places:
-            yield _found(question, read, ranked, places[::-1], reader, prior_features(read[0], read[0].score))
-        return
-    tried: list[Finding] = []
-    for number, passage in enumerate(read):
-        prior = prior_features(passage, read[0].score)
-        if number and answerability.probability(reader.prior, prior) < skip:
-            continue
-        whole = len(reader.cut(passage.chunk.text, budget))
-        if passage.chunk.text[:whole].strip():
-            ranked = rank_sentences(question, [passage], None)
-            tried.append(_found(question, [passage], ranked, [(0, 0, whole)], reader, prior))
-            yield tried[-1]
-    both = _together(tried, reader, budget, alone)
-    if len(both) > 1:
-        places = [(number, 0, len(passage.chunk.text)) for number, passage in enumerate(both)]
-        ranked, prior = rank_sentences(question, both, None), prior_features(both[0], read[0].score)
-        yield _agreed(_found(question, both, ranked, places[::-1], reader, prior), tried)
-
-
-def _together(tried: Sequence[Finding], reader: Reader, budget: int, alone: float) -> list[Passage]:
-    """Give the passages that are worth reading together: the first, and those that most likely hold the answer."""
-    if reader.together == 1:
-        return []
-    likely = [answerability.probability(reader.answerability, found.features) for found in tried]
-    if max(likely, default=1.0) >= alone:
-        return []
-    order = [0, *sorted(range(1, len(tried)), key=lambda number: -likely[number])]
-    return within([tried[number].passages[0] for number in order], reader, budget)[0][: reader.together]
-
-
-def _agreed(joint: Finding, tried: Sequence[Finding]) -> Finding:
-    """Give what was found in passages together, each span weighed by what its passage said of it by itself, too.
-
-    The score is a weighted sum of both log-probabilities, a product of experts (Hinton, 2002, equation 1).
-    """
-
-    def said(found: Sequence[Finding]) -> dict[tuple[str, str], float]:
-        return {(passage.chunk.id, _text(span, passage)): span.score for one in found for span, passage in one.spans}
-
-    together, alone = said([joint]), said(tried)
-    inside = {passage.chunk.id for passage in joint.passages}
-    spans: dict[tuple[str, int, int], tuple[Span, Passage]] = {}
-    for span, passage in (entry for one in [joint, *tried] for entry in one.spans if entry[1].chunk.id in inside):
-        key = passage.chunk.id, _text(span, passage)
-        score = max(together.get(key, _UNSAID), _UNSAID) + _OWN * max(alone.get(key, _UNSAID), _UNSAID)
-        spans.setdefault((passage.chunk.id, span.start, span.end), (replace(span, score=score), passage))
-    return replace(joint, spans=sorted(spans.values(), key=lambda entry: -entry[0].score))
-
-
-def _found(
-    question: str,
-    read: Sequence[Passage],
-    ranked: Sequence[Sentence],
-    places: Sequence[tuple[int, int, int]],
-    reader: Reader,
-    prior: dict[str, float],
-) -> Finding:
-    """Read (number of the passage, start, end) of some places, in their order."""
-    quoted = reader.quote(question, [read[number].chunk.text[low:high] for number, low, high in places])
-    spans = []
-    for span in quoted.spans:
-        number, shift, _ = places[span.passage]
-        moved = replace(span, passage=number, start=span.start + shift, end=span.end + shift)
-        spans.append((moved, read[number]))
-    features = evidence_features(read, ranked, quoted)
-    if reader.whole:
-        features = {**prior, **features, "together": float(len(read) > 1)}
-    return Finding(read, spans, quoted, features, prior)
-
-
 def _quote(
     question: str,
     read: Sequence[Passage],
@@ -409,11 +211,12 @@ def _quote(
     focus: int,
     enough: float,
     closeness: Closeness | None,
+    teller: Teller | None = None,
 ) -> _Draft:
-    """Answer with the best span, unless the passages are not likely to hold an answer."""
+    """Answer with the best span, or in words that rest on it, unless the passages are not likely to hold an answer."""
     tried: list[tuple[float, Finding]] = []
     sizes = {"budget": budget, "focus": focus}
-    skip = _HOPELESS if enough < 1 else 0.0  # 1 is to read all
+    skip = HOPELESS if enough < 1 else 0.0  # 1 is to read all
     for finding in findings(question, read, reader, **sizes, closeness=closeness, skip=skip):
         probability = answerability.probability(reader.answerability, finding.features)
         if len(finding.passages) > 1:  # has seen what the others have
@@ -434,15 +237,44 @@ def _quote(
     top = finding.spans[0][0].score
     # the same words at several places: the passage that the search likes best is cited first
     equal = sorted((entry for entry in finding.spans if entry[0].score == top), key=lambda entry: -entry[1].score)
-    text = _text(*equal[0])
-    equal += [other.spans[0] for _, other in tried[1:] if _text(*other.spans[0]) == text]
+    text = span_text(*equal[0])
+    equal += [other.spans[0] for _, other in tried[1:] if span_text(*other.spans[0]) == text]
     once: dict[tuple[str, int], tuple[Span, Passage]] = {}  # though it was read by itself and with others
     for span, passage in equal:
         once.setdefault((passage.chunk.id, span.start), (span, passage))
     if probability < abstain_below:
         return replace(none, probability=probability, generated=equal[0][0].tokens)
-    cited, generated = _numbered(list(once.values())[:3]), equal[0][0].tokens
-    return replace(none, text=text, kind="span", probability=probability, citations=cited, generated=generated)
+    found, generated = list(once.values())[:3], equal[0][0].tokens
+    draft = replace(none, text=text, kind="span", probability=probability, generated=generated)
+    draft = replace(draft, citations=_numbered(found))
+    return _tell(question, finding, found[0], draft, teller) if teller else draft
+
+
+def _tell(question: str, finding: Finding, best: tuple[Span, Passage], quoted: _Draft, teller: Teller) -> _Draft:
+    """Answer in a few words of the model's own from the passages of the best quote; with that where it has none."""
+    read = finding.passages
+    said = teller.tell(question, [passage.chunk.text for passage in reversed(read)])
+    draft = replace(
+        quoted,
+        read=[*quoted.read, read],
+        prompt=quoted.prompt + finding.quoted.prompt,
+        positions=quoted.positions + finding.quoted.recalled,
+        first=time.monotonic(),
+    )
+    if not said:
+        return draft
+    sentence = _sentence(*best)
+    agrees = _words(said) & _words(span_text(*sentence))
+    found = [sentence] if agrees else _support(said, read) or [sentence]
+    generated = quoted.generated + teller.count(said)
+    return replace(draft, text=said, kind="free", citations=_numbered(found), generated=generated)
+
+
+def _sentence(span: Span, passage: Passage) -> tuple[Span, Passage]:
+    """Give the sentence that a span stands in, or the span if it is longer."""
+    inside = [place for place in sentences(passage.chunk.text) if place[0] <= span.start and span.end <= place[1]]
+    low, high = inside[0] if inside else (span.start, span.end)
+    return replace(span, start=low, end=high), passage
 
 
 def _write(
@@ -489,27 +321,27 @@ def _numbered(found: Sequence[tuple[Span, Passage]]) -> list[Citation]:
             page=passage.chunk.page,
             start=passage.chunk.start + span.start,
             end=passage.chunk.start + span.end,
-            quote=_text(span, passage),
+            quote=span_text(span, passage),
             score=round(passage.score, 4),
         )
         for number, (span, passage) in enumerate(found, 1)
     ]
 
 
-def _text(span: Span, passage: Passage) -> str:
-    return passage.chunk.text[span.start : span.end]
+def _words(text: str) -> set[str]:
+    return {word.lower() for word in _WORD.findall(text)}
 
 
 def _support(text: str, read: Sequence[Passage]) -> list[tuple[Span, Passage]]:
     """Give, for free text, the sentence of each passage that shares most of its words; named passages ([n]) first."""
-    words = {word.lower() for word in _WORD.findall(re.sub(r"\[\d+\]", " ", text))}
+    words = _words(re.sub(r"\[\d+\]", " ", text))
     named = {int(number) - 1 for number in re.findall(r"\[(\d+)\]", text)}
     found: list[tuple[float, Span, Passage]] = []
     for number, passage in enumerate(read):
         best = max(
             (
                 (
-                    len(words & {word.lower() for word in _WORD.findall(passage.chunk.text[low:high])}),
+                    len(words & _words(passage.chunk.text[low:high])),
                     low,
                     high,
                 )

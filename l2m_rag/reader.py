@@ -18,13 +18,13 @@ from transformers import AutoTokenizer, DynamicCache
 
 from l2m_rag import answerability, int8
 from l2m_rag.backbone import locate
-from l2m_rag.checkpoint import load_model, source_of, together_of
+from l2m_rag.checkpoint import again_of, free_of, load_model, source_of, together_of
 from l2m_rag.errors import UsageError
 from l2m_rag.generate import Decoder
 from l2m_rag.indexers.embedding import LOADING, computes_bf16
 from l2m_rag.model import L2M
 from l2m_rag.overlap import by_expected_f1
-from l2m_rag.reading import QUESTION, as_picked
+from l2m_rag.reading import FREE, LONGEST_ANSWER, QUESTION, as_picked, twice
 from l2m_rag.spans import Quoted, Span, SpanFinder, seen
 from l2m_rag.state import Picked
 
@@ -94,7 +94,7 @@ class MemoryReader:
         if resolution > 1 and (config.pooling != "learned" or resolution not in config.ratios):
             raise UsageError(f"{name} has not learnt to read passages at {resolution}:1; set resolution to 1")
         self.resolution = resolution
-        self.together = together_of(folder)
+        self.together, self.free, self._again = together_of(folder), free_of(folder), again_of(folder)
         if self.device == "cpu" and int8.available() and (not bf16 if rounded is None else rounded):
             int8.to_int8(self.model.backbone, but=_OUTLIERS)
         self._source = locate(source or source_of(folder))
@@ -175,11 +175,34 @@ class MemoryReader:
         return Quoted(found, float(read.first[self._end]), T, K, self.resolution)
 
     @torch.inference_mode()
-    def prefill(self, question: str, passages: Sequence[str], *, ratios: Sequence[int] = ()) -> Prefilled:
-        """Read passages and question up to the first token of the answer; the arguments are those of `quote`."""
+    def tell(self, question: str, passages: Sequence[str], *, most: int = LONGEST_ANSWER) -> str:
+        """Answer a question in a few words of its own, each the likeliest one.
+
+        Args:
+            question: to be asked.
+            passages: texts, in the order in which they are read; at least one.
+            most: tokens of the answer, at most.
+
+        Returns:
+            The answer, "" where it finds that the passages hold none.
+        """
+        read = self.prefill(question, passages, ratios=[self.resolution] * len(passages), put=FREE)
+        backbone, told = self.model.backbone, [int(read.first.argmax())]
+        while told[-1] != self._end and len(told) < most:
+            depth = torch.tensor([[read.asked + len(told) - 1]], device=self.device)
+            x = backbone.lower(torch.tensor([told[-1:]], device=self.device), cache=read.lower, positions=depth)
+            top = backbone.upper(x, read.span + depth, cache=read.upper)
+            told.append(int(backbone.head(top)[0, -1].argmax()))
+        return str(self.tokenizer.decode(told, skip_special_tokens=True)).strip()
+
+    @torch.inference_mode()
+    def prefill(
+        self, question: str, passages: Sequence[str], *, ratios: Sequence[int] = (), put: str = QUESTION
+    ) -> Prefilled:
+        """Read passages and question, put in one way or another, up to the first token of the answer; see `quote`."""
         backbone = self.model.backbone
         recalled = self.model.assemble([self._picked(passages, ratios or [1] * len(passages))])
-        asked = torch.tensor([self.ids(QUESTION.format(question))], device=self.device)
+        asked = torch.tensor([self.ids(put.format(twice(question) if self._again else question))], device=self.device)
         lower, upper = DynamicCache(), DynamicCache()
         x = backbone.lower(asked, cache=lower)
         positions = torch.arange(asked.shape[1], device=self.device)[None]

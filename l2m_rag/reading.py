@@ -3,7 +3,7 @@
 A row holds a few passages and all that is asked of them: [passages | question answer | question answer | ...]. Each
 question sees the passages and itself, as if it were asked alone (`L2M.decode` after `L2M.assemble`; a test compares
 them), so what the passages cost is shared by all their questions. An answer that the passages do not hold is empty: the
-end-of-text token alone.
+end-of-text token alone. Beside that, texts without a passage can be read on, held to what the backbone says of them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from l2m_rag.backbone import Backbone
+from l2m_rag.checkpoint import without_lora
 from l2m_rag.clozes import Triple, joined
 from l2m_rag.errors import ConfigError
 from l2m_rag.losses import IGNORED, Outcome, masked_mean
@@ -28,10 +30,13 @@ from l2m_rag.state import Picked
 
 QUESTION = "\nQuestion: {}\nAnswer:"
 """How a question is put; the answer follows behind a space."""
+FREE = "\nQuestion: {}\nIn short:"
+"""The same where the answer is to be in the reader's own words, rather than the passage's."""
 REBUILD = "\nThe text again:"
 """What a passage's own tokens follow when they are to be written back from its pooled states."""
 _ROUND = 32  # lengths are rounded up: a new shape costs the CPU's matrix library as much as several known ones
-_LONGEST_QUESTION = 64  # tokens
+_LONGEST_QUESTION = 128  # tokens, as it is put
+_PLAIN = 128  # tokens of a text that is read on without a passage; about as many as the passages of LAMBADA have
 LONGEST_ANSWER = 32
 """Tokens of an answer, at most."""
 _SHORTEST = 40  # tokens of a passage that is worth writing back; more than an answer has, so the two are told apart
@@ -46,6 +51,7 @@ class Readings(NamedTuple):
         asked: question and answer but for the answer's last token, (B, Q, A).
         real: tokens of each, (B, Q); 0 for none.
         told: what follows each token of `asked` where that is the answer, `IGNORED` elsewhere, (B, Q, A).
+        text: to be read on without a passage, (B, T); T is 0 for none.
     """
 
     passages: Tensor
@@ -53,6 +59,7 @@ class Readings(NamedTuple):
     asked: Tensor
     real: Tensor
     told: Tensor
+    text: Tensor
 
     def to(self, device: torch.device) -> Readings:
         """Give the batch on a device."""
@@ -74,6 +81,9 @@ class ReadingBatches:
         shares: share of the passages of each source that an epoch takes.
         rebuild: share of steps in which passages are to be written back instead of questions answered.
         texts: to be written back; the material's passages when there are none.
+        freely: share of the questions whose answer stands in the passage that are put as `FREE`, too.
+        again: put each question twice.
+        plain: texts to be read on without a passage, one for two of `batch`; only their first `_PLAIN` tokens are.
         seed: of the order.
     """
 
@@ -91,6 +101,9 @@ class ReadingBatches:
         shares: dict[str, float] | None = None,
         rebuild: float = 0.0,
         texts: Sequence[str] = (),
+        freely: float = 0.0,
+        again: bool = False,
+        plain: Sequence[str] = (),
         seed: int = 0,
     ) -> None:
         self.material, self.batch, self.longest, self.seed = material, batch, longest, seed
@@ -102,7 +115,13 @@ class ReadingBatches:
         self._texts = [ids for ids in token_ids(tokenizer, texts) or self._passages if len(ids) >= _SHORTEST]
         if rebuild and not self._texts:
             raise ConfigError(f"task.rebuild ({rebuild}) needs texts of at least {_SHORTEST} tokens to write back")
-        self._questions = token_ids(tokenizer, [QUESTION.format(one.text) for one in material.questions])
+        draw = random.Random(f"{seed} freely")
+        put = [FREE if draw.random() < freely or one.free else QUESTION for one in material.questions]
+        asked = [
+            how.format(twice(one.text) if again else one.text) for how, one in zip(put, material.questions, strict=True)
+        ]
+        self._questions = token_ids(tokenizer, asked)
+        self._plain = [ids[:_PLAIN] for ids in token_ids(tokenizer, plain) if len(ids) >= _PLAIN]
         self._answers = [
             [*ids, self.end] for ids in token_ids(tokenizer, [f" {one.answer}" for one in material.questions])
         ]
@@ -123,7 +142,9 @@ class ReadingBatches:
             epoch = max(number for number, first in enumerate(self._epochs) if first <= step)
             found = self.epoch(epoch)
             if step < self._epochs[epoch] + len(found):
-                return self.pack(found[step - self._epochs[epoch]])
+                packed = self.pack(found[step - self._epochs[epoch]])
+                plain = draw.choices(self._plain, k=-(-self.batch // 2)) if self._plain else []
+                return packed._replace(text=torch.tensor(plain)) if plain else packed
             if epoch + 1 == len(self._epochs):
                 self._epochs.append(self._epochs[epoch] + len(found))
 
@@ -178,11 +199,12 @@ class ReadingLoss(nn.Module):
         model: the memory model; its slots and router take no part.
         ratios: at which passages are read; one is drawn for each batch.
         cached: most bytes of lower states that are kept, as passages and questions come again.
+        distance: weight of the KL divergence from the backbone's own predictions on the batch's plain text.
     """
 
-    def __init__(self, model: L2M, *, ratios: Sequence[int] = (1,), cached: int = 0) -> None:
+    def __init__(self, model: L2M, *, ratios: Sequence[int] = (1,), cached: int = 0, distance: float = 0.0) -> None:
         super().__init__()
-        self.model, self.ratios = model, tuple(ratios)
+        self.model, self.ratios, self.distance = model, tuple(ratios), distance
         self._cache = _Cache(cached)
 
     def forward(self, batch: Readings) -> Outcome:
@@ -204,7 +226,11 @@ class ReadingLoss(nn.Module):
         figures = {"right": masked_mean(right, asked & ~empty), "abstained": masked_mean(right, empty)}
         if len(self.ratios) > 1:
             figures |= {f"answer {ratio}:1": total, f"right {ratio}:1": figures["right"]}
-        return Outcome({"answer": total, "total": total}, figures)
+        losses = {"answer": total}
+        if self.distance and batch.text.numel():
+            losses["distance"] = distance(self.model.backbone, batch.text)
+            total = total + self.distance * losses["distance"]
+        return Outcome({**losses, "total": total}, figures)
 
     def answers(self, batch: Readings, ratio: int) -> tuple[Tensor, Tensor, Tensor]:
         """Give the logits (N, V) float32 of all the answers' tokens, the tokens (N,), and whose they are (N,)."""
@@ -246,6 +272,22 @@ class ReadingLoss(nn.Module):
         logits = model.backbone.head(F.pad(hidden, (0, 0, 0, -len(hidden) % _ROUND)))[: len(hidden)]
         owner = (torch.arange(B, device=x.device)[:, None] * Q + order // A)[here]
         return logits.float(), told[here], owner
+
+
+def distance(backbone: Backbone, tokens: Tensor) -> Tensor:
+    """Give the KL divergence of what the adapters say of a text from what the backbone says, nats a token, a scalar.
+
+    Args:
+        backbone: with adapters.
+        tokens: ids, (B, T); all of them real.
+    """
+    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    with torch.no_grad():
+        x = backbone.lower(tokens)
+        with without_lora(backbone):
+            alone = backbone.head(backbone.upper(x, positions)).float().log_softmax(-1)
+    own = backbone.head(backbone.upper(x, positions)).float().log_softmax(-1)
+    return F.kl_div(own.flatten(0, 1), alone.flatten(0, 1), log_target=True, reduction="batchmean")
 
 
 class _Cache:
@@ -323,6 +365,24 @@ def paragraphs(books: Path, seed: int, *, words: int = 110, most: int = 8000) ->
     return random.Random(seed).sample(found, min(most, len(found)))
 
 
+def twice(question: str) -> str:
+    """Give a question two times, one behind the other.
+
+    The second time its words are read its end is known, and they can look for other things in the passages, which were
+    encoded without it (Xu et al., 2023; docs/decisions/0019-again.md).
+    """
+    return f"{question} {question}"
+
+
+def plain_texts(books: Path, material: Material, seed: int, *, most: int = 6000) -> list[str]:
+    """Give texts to be read on without a passage: of books, and half as many questions with their answers in a row."""
+    draw = random.Random(seed)
+    asked = [one for one in material.questions if one.answer]
+    put = [f"\nQuestion: {one.text}\nAnswer: {one.answer}" for one in draw.sample(asked, min(4 * most, len(asked)))]
+    rows = ["".join(put[at : at + 8]).lstrip() for at in range(0, len(put), 8)]
+    return paragraphs(books, seed, words=130, most=most) + rows
+
+
 def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Give the tokens of each text, and nothing around them."""
     found: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
@@ -334,7 +394,8 @@ def laid(passages: list[list[list[int]]], asked: list[list[tuple[list[int], list
     whole, lengths = _stacked(passages, 0, _ROUND)
     tokens, real = _stacked([[question + answer[:-1] for question, answer in row] for row in asked], 0, 8)
     told = [[[IGNORED] * (len(question) - 1) + answer for question, answer in row] for row in asked]
-    return Readings(whole, lengths, tokens, real, _stacked(told, IGNORED, 8)[0])
+    nothing = torch.zeros(len(passages), 0, dtype=torch.int64)
+    return Readings(whole, lengths, tokens, real, _stacked(told, IGNORED, 8)[0], nothing)
 
 
 def _stacked(rows: Sequence[Sequence[Sequence[int]]], filler: int, step: int) -> tuple[Tensor, Tensor]:

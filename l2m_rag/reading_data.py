@@ -35,7 +35,7 @@ EVALUATION = (
 
 SOURCES = (
     "squad", "qed", "qamr", "tweetqa", "fairytaleqa", "ropes", "narrativeqa", "timeqa", "covidqa", "cloze", "lists",
-    "books", "meetings", "papers", "stories", "dialogue", "bridges",
+    "books", "meetings", "papers", "stories", "dialogue", "bridges", "told", "yes-no",
 )  # fmt: skip
 _FILES = {
     "squad": "squad/squad11_train_subset",
@@ -46,6 +46,12 @@ _FILES = {
     "ropes": "ropes/train",
     "narrativeqa": "narrativeqa_sub/summaries_subset",
 }
+_FREE = {
+    "told": ("fairytaleqa/train", "onestopqa/all", "conditionalqa/gold_evidence"),
+    "yes-no": ("boolq/dev", "conditionalqa/gold_evidence"),
+}
+"""Sources whose answers do not stand in the passage; they are asked for in the reader's own words."""
+_YES_NO = ("yes", "no")
 _DOCUMENTS = {"timeqa": ("timeqa/docs", "timeqa/qa_train"), "covidqa": ("covidqa/docs", "covidqa/qa")}
 ASKED = "asked"
 """The source of questions that were written by a model (`l2m_rag.asking`)."""
@@ -71,12 +77,14 @@ class Question(NamedTuple):
         text: of the question.
         answer: "" where the passage holds none.
         beside: number of the passage that has to be read too; -1 when this one is enough.
+        free: whether the answer is in the reader's own words.
     """
 
     passage: int
     text: str
     answer: str
     beside: int = -1
+    free: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +251,8 @@ def gather(
                     if text not in passages:
                         passages[text] = len(found)
                         found.append(source)
-                questions.append(Question(passages[passage], question, answer, *(passages[text] for text in beside)))
+                with_it = passages[beside[0]] if beside else -1
+                questions.append(Question(passages[passage], question, answer, with_it, source in _FREE))
         if len(questions) == before:
             raise UsageError(f"nothing of {source} was found in {data}")
     texts = list(passages)
@@ -256,6 +265,8 @@ def _triples(source: str, data: Path, tokenizer: Tokenizer, most: int, seed: int
     """Read or make the questions of a source."""
     if source in _FILES:
         return _plain(data / f"{_FILES[source]}.jsonl.zst")
+    if source in _FREE:
+        return _free(source, data)
     if source in _DOCUMENTS:
         return _chunked(source, data, tokenizer)
     if source == "stories":
@@ -276,6 +287,20 @@ def _plain(path: Path) -> Iterator[Triple]:
         answers = [answer for answer in row["answers"] if answer in row["context"] and len(answer) <= _LONGEST_ANSWER]
         if row.get("answer_start") is not None and answers:
             yield row["context"], row["question"].strip(), min(answers, key=len) if "n_answers" in row else answers[0]
+
+
+def _free(source: str, data: Path) -> Iterator[Triple]:
+    """Give (passage, question, answer) of short answers that do not stand in their passage; "Yes" and "No" apart."""
+    for name in _FREE[source]:
+        for row in rows(data / f"{name}.jsonl.zst"):
+            answer, held = str(row["answers"][0]) if row["answers"] else "", row["context"].partition(" -- ")
+            passage = held[2] if name == "boolq/dev" and held[2] else row["context"]  # less its title
+            if name == "boolq/dev" and part_of(row["context"]) != "train":
+                continue
+            if (answer in _YES_NO) != (source == "yes-no") or not answer or len(answer) > _LONGEST_ANSWER:
+                continue
+            if source == "yes-no" or answer not in passage:
+                yield passage, row["question"].strip(), answer.capitalize() if source == "yes-no" else answer
 
 
 def _chunked(source: str, data: Path, tokenizer: Tokenizer) -> Iterator[Triple]:

@@ -83,6 +83,7 @@ SETS = {
     "covidqa": _Files(("covidqa/qa.jsonl.zst",), documents=("covidqa/docs.jsonl.zst",), train=True),
     "multispanqa": _Files(("multispanqa/dev.jsonl.zst",), train=True),  # to fit on: the reader learns nothing from it
     "selqa": _Files(("selqa/dev_test.jsonl.zst",), distractors=WIKI, train=True),  # as that
+    "boolq": _Files(("boolq/dev.jsonl.zst",), part="evaluation"),
     # long documents, one at a time
     "cuad": _Files(("cuad/qa.jsonl.zst",), documents=("cuad/contracts.jsonl.zst",), part="evaluation"),
     "timeqa": _Files(("timeqa/qa_train.jsonl.zst",), documents=("timeqa/docs.jsonl.zst",), part="evaluation"),
@@ -101,7 +102,7 @@ SUITES = {
 
 
 def part_of(document: str) -> str:
-    """Give the part that a document of timeqa or cuad belongs to, by its id alone.
+    """Give the part that a document of timeqa or cuad belongs to, by its id alone; one of boolq by its text.
 
     It is "train" for four in five; the others are "evaluation" and "validation" in turn.
     """
@@ -141,7 +142,7 @@ def load_set(name: str, data: Path) -> TaskSet:
     tasks = []
     for file in files.questions:
         for row in rows(data / file):
-            if files.part and part_of(str(row["doc_id"])) != files.part:
+            if files.part and part_of(str(row.get("doc_id") or row["context"])) != files.part:
                 continue
             document = f"{row['doc_id']}.txt" if files.documents else _document(row["context"], names, documents)
             tasks.append(_task(row, document))

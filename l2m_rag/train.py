@@ -61,6 +61,8 @@ class TrainRecipe:
 
     Args:
         start: checkpoint whose weights are trained on; "default" is the one that ships, "" starts anew.
+        kept: share of the weights at the start in those that are written in the end, the rest being what was learnt
+            (Wortsman et al., 2022, arXiv 2109.01903, with one share for all weights).
         steps: in all.
         batch: texts in a step, over all devices.
         lr: highest learning rate; it rises over `warmup` steps and falls linearly to a tenth.
@@ -82,6 +84,7 @@ class TrainRecipe:
     """
 
     start: str = ""
+    kept: float = 0.0
     steps: int = 1000
     batch: int = 32
     lr: float = 1e-3
@@ -105,6 +108,8 @@ class TrainRecipe:
         for name in ("steps", "batch", "log_every", "hops", "lora_rank"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name} ({getattr(self, name)}) must be at least 1")
+        if not 0 <= self.kept < 1 or (self.kept and not self.start):
+            raise ConfigError(f"train.kept ({self.kept}) must be at least 0 and below 1, and 0 without train.start")
         if self.what not in ("all", "memory", "upper", "lora"):
             raise ConfigError(f"train.what ({self.what}) must be all, memory, upper or lora")
         if not self.segments or min(self.segments) < 1:
@@ -272,10 +277,7 @@ def train(recipe: Recipe, folder: Path, *, told: Told = lambda figures: None) ->
     if main:
         _save(folder, recipe, masters, optimizer, step)
         if step >= plan.steps:
-            lora = plan.lora_rank if plan.what == "lora" else 0
-            together = recipe.task.together if recipe.task.kind == "reading" else 1
-            save_model(model, folder / "model", backbone=made, lora=lora, together=together)
-            plot(folder)
+            _write(recipe, model, masters, folder, made)
     accelerator.wait_for_everyone()
     return {**figures, "step": step, "done": step >= plan.steps, "seconds": round(time.monotonic() - began, 1)}
 
@@ -285,9 +287,11 @@ def _work(recipe: Recipe, model: L2M, tokenizer: Any, folder: Path) -> tuple[Any
     task, plan = recipe.task, recipe.train
     if task.kind == "reading":
         from l2m_rag.asking import LONGEST, to_ask
-        from l2m_rag.reading import LONGEST_ANSWER, ReadingBatches, ReadingLoss, load_material, paragraphs
+        from l2m_rag.reading import LONGEST_ANSWER, ReadingBatches, ReadingLoss, load_material, paragraphs, plain_texts
         from l2m_rag.unanswerable import harder
 
+        if recipe.losses.distance and not task.noise:
+            raise ConfigError("task.noise must name a folder of books for losses.distance")
         path, data = folder / "material.json", Path(task.data)
         asked = _asked(recipe, model, tokenizer, folder) if task.asker and not path.exists() else []
         material = load_material(path, data, task.sources, task.clozes, plan.seed, asked=asked)
@@ -306,9 +310,12 @@ def _work(recipe: Recipe, model: L2M, tokenizer: Any, folder: Path) -> tuple[Any
             shares=dict(zip(task.sources, task.shares, strict=False)),
             rebuild=task.rebuild,
             texts=paragraphs(Path(task.noise), plan.seed) if task.noise and task.rebuild else (),
+            freely=task.freely,
+            again=task.again,
+            plain=plain_texts(Path(task.noise), material, plan.seed) if recipe.losses.distance else (),
             seed=plan.seed,
         )
-        return batches, ReadingLoss(model, ratios=task.ratios, cached=task.cached)
+        return batches, ReadingLoss(model, ratios=task.ratios, cached=task.cached, distance=recipe.losses.distance)
     made = Batches(task, plan.batch, recipe.model.segment_length, plan.seed, tokenizer)
     return made, EpisodeLoss(model, recipe.losses, hops=plan.hops, memory=plan.memory)
 
@@ -348,6 +355,22 @@ class Masters:
         """Round the masters into the model."""
         for own, master in zip(self._own.values(), self.weights, strict=True):
             own.copy_(master)
+
+
+def _write(recipe: Recipe, model: L2M, masters: Masters, folder: Path, made: dict[str, Any]) -> None:
+    """Write the model that came of a run, moved back towards the weights at its start by the share that is kept."""
+    plan, task = recipe.train, recipe.task
+    if plan.kept:
+        started = Masters(build(recipe)[0])
+        for name, master in masters.by_name.items():
+            master.lerp_(started.by_name[name].to(master.device), plan.kept)
+        masters.give_weights()
+    learnt: dict[str, Any] = {}
+    if task.kind == "reading":
+        learnt = {"together": task.together, "free": task.freely > 0, "again": task.again}
+    lora = plan.lora_rank if plan.what == "lora" else 0
+    save_model(model, folder / "model", backbone=made, lora=lora, **learnt)
+    plot(folder)
 
 
 def _segments(plan: TrainRecipe, step: int) -> int:

@@ -206,6 +206,49 @@ def test_free_text_without_support_is_an_abstention(reply: str) -> None:
     assert answer.citations == []
 
 
+class Telling(Words):
+    """Words, that also answers in words of its own."""
+
+    free = True
+
+    def tell(self, question: str, passages: Sequence[str]) -> str:
+        self.prompts.append(" ".join(passages))
+        return self.text
+
+
+@pytest.mark.parametrize(
+    ("told", "quote"),
+    [
+        ("Yes", "Dogs bark at night."),  # where the span stands
+        ("In the night", "Dogs bark at night."),
+        ("They sleep all day", "Cats sleep all day."),  # what was said stands elsewhere
+    ],
+)
+def test_a_reader_that_has_learnt_it_answers_in_its_own_words(told: str, quote: str) -> None:
+    text = "Cats sleep all day. Dogs bark at night."
+    span = Span(0, text.index("night"), text.index("night") + 5, -0.1, 1)
+    pieces: list[str] = []
+    model = Telling(told, [span], whole=True)
+    answer = qa.answer(
+        "Do they?", lambda _, k: [passage(text)], model, abstain_below=0.0, free=True, on_text=pieces.append
+    )
+    assert (answer.answer_type, answer.answer, pieces) == ("free", told, [told])
+    assert [citation.quote for citation in answer.citations] == [quote]
+    assert model.prompts[-1] == text
+
+
+def test_own_words_fall_back_to_the_quote_and_to_abstaining() -> None:
+    text = "Dogs bark at night."
+    asked = {"free": True, "abstain_below": 0.0}
+    found = qa.answer("When?", lambda _, k: [passage(text)], Telling("", [Span(0, 5, 9, -0.1, 1)]), **asked)  # type: ignore[arg-type]
+    assert (found.answer_type, found.answer) == ("span", "bark")
+    model = Telling("Yes", [Span(0, 5, 9, -0.1, 1)])
+    none = qa.answer("When?", lambda _, k: [passage(text)], model, free=True, abstain_below=1.0)
+    assert none.abstained
+    assert none.answer == ""
+    assert len(model.prompts) == 1  # nothing is written that will not be given
+
+
 def test_the_turn_before_helps_the_search() -> None:
     asked: list[str] = []
 

@@ -13,13 +13,13 @@ from memory_models import tiny_folder
 from torch import Tensor
 
 from l2m_rag.backbone import load_backbone
-from l2m_rag.checkpoint import add_lora, load_model, save_model, source_of, together_of
+from l2m_rag.checkpoint import add_lora, again_of, free_of, load_model, save_model, source_of, together_of
 from l2m_rag.errors import CorruptError, L2MError, UsageError
 from l2m_rag.model import L2M
 from l2m_rag.model_config import L2MConfig
 from l2m_rag.models import reader_folder
 from l2m_rag.reader import MemoryReader
-from l2m_rag.reading import QUESTION
+from l2m_rag.reading import FREE, QUESTION
 
 PASSAGES = ["the cat sat on the mat", "a dog ran, and 1,450 hens ran", "mat"]
 CONFIG = L2MConfig(
@@ -40,7 +40,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         elif "lora_" not in name:
             weight.requires_grad_(False)
     made = folder / "checkpoint"
-    save_model(model, made, backbone={"source": str(folder)}, lora=4, together=3)
+    save_model(model, made, backbone={"source": str(folder)}, lora=4, together=3, free=True)
     return made
 
 
@@ -76,6 +76,21 @@ def test_scores_are_those_of_the_model_read_in_one_go(reader: MemoryReader) -> N
     alone = log_probabilities(reader, PASSAGES, "who ran?", [])
     assert found.empty == pytest.approx(float(alone[0]), abs=1e-3)
     assert found.recalled == sum(reader.count(passage) for passage in PASSAGES)
+
+
+@torch.no_grad()
+def test_own_words_are_the_likeliest_ones(reader: MemoryReader, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = reader.tell("who ran?", PASSAGES, most=6)
+    asked, answer = reader.ids(FREE.format("who ran?")), list[int]()
+    recalled = reader.model.assemble([reader._picked(PASSAGES, [1] * 3)])
+    while len(answer) < 6 and (not answer or answer[-1] != reader._end):
+        x = reader.model.backbone.lower(torch.tensor([[*asked, *answer]]))
+        answer.append(int(reader.model.decode(x, reader.model.start(), recalled)[0, -1].argmax()))
+    assert told == reader.tokenizer.decode(answer, skip_special_tokens=True).strip()
+    assert told
+    assert reader.free
+    monkeypatch.setattr(reader, "_end", answer[0])
+    assert reader.tokenizer.decode(answer[:1]).strip() == reader.tell("who ran?", PASSAGES, most=6)
 
 
 @given(
@@ -135,9 +150,16 @@ def test_a_checkpoint_says_how_many_passages_it_reads_together(
 ) -> None:
     assert reader.together == 3
     described = json.loads((checkpoint / "config.json").read_text())
-    described.pop("together")  # as those before it was written down
+    del described["together"], described["free"], described["again"]  # as those before they were written down
     (tmp_path / "config.json").write_text(json.dumps(described))
     assert together_of(tmp_path) == 1
+    assert not free_of(tmp_path)
+    assert not again_of(tmp_path)
+    again = MemoryReader(checkpoint, name="again", device="cpu", rounded=False)
+    again.model.float()
+    once = reader.quote("who ran? who ran?", PASSAGES)
+    again._again = True
+    assert again.quote("who ran?", PASSAGES) == once
 
 
 def test_damaged_weights_of_the_probability_are_named(checkpoint: Path) -> None:

@@ -1,13 +1,16 @@
 """Questions packed to a row read as if each were asked alone; batches depend on seed and step alone."""
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
-from memory_models import tiny_model
+from memory_models import tiny_folder, tiny_model
 
+from l2m_rag.backbone import Backbone, load_backbone
+from l2m_rag.checkpoint import add_lora
 from l2m_rag.losses import IGNORED
-from l2m_rag.reading import ReadingBatches, ReadingLoss
+from l2m_rag.reading import ReadingBatches, ReadingLoss, distance
 from l2m_rag.reading_data import Material, Question
 from l2m_rag.state import Picked
 
@@ -102,6 +105,53 @@ def test_an_epoch_visits_every_passage_and_asks_only_what_fits() -> None:
                 assert not any(question.answer in material.passages[passage] for passage in row.passages)
     asked = [number for row in rows for number, answered in row.questions if answered]
     assert len(asked) == len(set(asked))
+
+
+def test_answers_in_own_words_are_asked_for_in_another_way() -> None:
+    passages = ["the cat sat on the mat", "a dog ran"]
+    asked = [Question(0, "Who sat?", "cat"), Question(1, "Did it run?", "Yes", -1, True)]
+    material = Material(passages, ["squad"] * 2, asked, [[1], [0]], [[], []])
+    for freely, expected in ((0.0, {"In short:": 1, "Answer:": 1}), (1.0, {"In short:": 2, "Answer:": 0})):
+        batches = ReadingBatches(material, Letters(), batch=1, longest=400, freely=freely)
+        text = [Letters()([ending])["input_ids"][0] for ending in ("In short:", "Answer:")]
+        found = [question[-len(ending) :] == ending for ending in text for question in batches._questions]
+        assert [sum(found[:2]), sum(found[2:])] == list(expected.values())
+
+
+def test_texts_without_a_passage_are_held_to_the_backbone(tmp_path: Path) -> None:
+    plain = ["".join(random.Random(number).choices("abcdefgh ", k=150)) for number in range(4)]
+    batches = ReadingBatches(_material(), Letters(), batch=4, longest=400, plain=[*plain, "too short"])
+    batch = batches(0)
+    assert batch.text.shape == (2, 128)
+    assert {tuple(row) for row in batch.text.tolist()} <= {tuple(ids[:128]) for ids in Letters()(plain)["input_ids"]}
+
+    folder = tiny_folder(tmp_path, plain)
+    backbone = load_backbone(folder, 2, dtype=torch.float32)
+    backbone.requires_grad_(False)
+    tokens = torch.randint(60, (2, 16), generator=torch.Generator().manual_seed(0))
+    alone = _said(backbone, tokens)
+    add_lora(backbone, 4)
+    assert float(distance(backbone, tokens).detach()) == pytest.approx(0, abs=1e-6)  # adapters begin as nothing
+    adapters = [weight for name, weight in backbone.named_parameters() if "lora_B" in name]
+    for weight in adapters:
+        torch.nn.init.normal_(weight, std=0.1)
+    own = _said(backbone, tokens)
+    expected = (alone.exp() * (alone - own)).sum(-1).mean()
+    far = distance(backbone, tokens)
+    torch.testing.assert_close(far, expected)
+    assert float(far.detach()) > 0.001
+    far.backward()
+    assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in adapters)
+    torch.testing.assert_close(_said(backbone, tokens), own)  # the adapters are back in their place
+
+    loss = ReadingLoss(tiny_model(), distance=0.5)(batch)
+    assert "distance" in loss.losses
+
+
+def _said(backbone: Backbone, tokens: torch.Tensor) -> torch.Tensor:
+    positions = torch.arange(tokens.shape[1])[None]
+    with torch.no_grad():
+        return backbone.head(backbone.upper(backbone.lower(tokens), positions)).float().log_softmax(-1)
 
 
 def test_a_passage_is_written_back_from_its_own_pooled_states() -> None:

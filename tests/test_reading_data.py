@@ -199,7 +199,13 @@ def test_nothing_that_is_measured_on_is_learnt_from(monkeypatch: pytest.MonkeyPa
         assert not any(" ".join(words[at : at + 20]) in measured for at in range(len(words) - 19)), passage[:80]
     for question in made.questions:
         assert " ".join(question.text.lower().split()) not in asked
-        assert question.answer in made.passages[question.passage]
+        assert question.free or question.answer in made.passages[question.passage]
+    free = [one for one in made.questions if one.free]
+    assert {"Yes", "No"} < {one.answer for one in free}
+    assert not any(one.answer in made.passages[one.passage] for one in free if one.answer not in ("Yes", "No"))
+    kept_out = {text.partition(" -- ")[2] or text for text in tasks.load_set("boolq", DATA).documents.values()}
+    assert kept_out
+    assert not kept_out & {made.passages[one.passage] for one in free}
     long = {str(row["doc_id"]): row["context"] for row in tasks.rows(DATA / "timeqa/docs.jsonl.zst")}
     kept = [text for name, text in long.items() if tasks.part_of(name) != "train"]
     learnt = [text for text, source in zip(made.passages, made.sources, strict=True) if source == "timeqa"]

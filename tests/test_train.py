@@ -262,6 +262,16 @@ def test_reading_trains_adapters_alone_is_resumed_and_goes_on_from_a_checkpoint(
     _material(tmp_path / "on")
     train(on, tmp_path / "on")
     assert_close(weights(tmp_path / "on"), weights(tmp_path / "whole"))
+    half = replace(on, train=replace(recipe.train, start=str(made), steps=2, kept=0.5))
+    learnt = replace(half, train=replace(half.train, kept=0.0))
+    for name, run in (("half", half), ("learnt", learnt)):
+        _material(tmp_path / name)
+        train(run, tmp_path / name)
+    mean, end, start = (weights(tmp_path / name) for name in ("half", "learnt", "whole"))
+    assert_close(mean, {name: (end[name] + start[name]) / 2 for name in end})
+    assert any((end[name] - start[name]).abs().max() > 1e-4 for name in end)
+    with pytest.raises(ConfigError, match=r"train\.kept"):
+        replace(recipe.train, kept=0.5)
     with pytest.raises(IncompatibleError, match="lora"):
         build(replace(on, train=replace(on.train, lora_rank=8)))
 

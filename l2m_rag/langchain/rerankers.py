@@ -14,6 +14,7 @@ from l2m_rag import answerability, qa
 from l2m_rag.config import Settings, load_settings
 from l2m_rag.errors import UsageError
 from l2m_rag.evidence import rank_sentences
+from l2m_rag.findings import Reader, cut_question, findings
 from l2m_rag.langchain.messages import passage_of, with_cosines
 from l2m_rag.memory_tiers.records import Passage
 from l2m_rag.models import closeness, load_language_model
@@ -81,15 +82,15 @@ class L2MReranker(BaseDocumentCompressor):
     def _read(self, query: str, found: Sequence[Passage], settings: Settings) -> list[float]:
         """Give the probability that each document holds an answer."""
         reader: Any = load_language_model(settings)
-        if not isinstance(reader, qa.Reader) or not reader.whole:
+        if not isinstance(reader, Reader) or not reader.whole:
             raise UsageError(
                 f"{reader.name} cannot rank by reading; leave by at 'sentences', or set model to 'default'"
             )
-        asked = qa.cut_question(query, reader, settings.budget)
+        asked = cut_question(query, reader, settings.budget)
         sizes: dict[str, Any] = {"budget": settings.budget, "focus": settings.focus, "closeness": None, "skip": 0.0}
         scores = []
         for passage in found:
-            finding = next(qa.findings(asked, [passage], reader, **sizes), None)
+            finding = next(findings(asked, [passage], reader, **sizes), None)
             scores.append(answerability.probability(reader.answerability, finding.features) if finding else 0.0)
         return scores
 
