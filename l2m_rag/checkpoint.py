@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -59,15 +59,22 @@ def without_lora(backbone: Backbone) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
+class Learnt(NamedTuple):
+    """What a reader has learnt.
+
+    Args:
+        together: most passages that it reads at once.
+        free: whether it answers in its own words.
+        again: whether questions are put twice.
+    """
+
+    together: int = 1
+    free: bool = False
+    again: bool = False
+
+
 def save_model(
-    model: L2M,
-    folder: Path,
-    *,
-    backbone: dict[str, Any],
-    lora: int = 0,
-    together: int = 1,
-    free: bool = False,
-    again: bool = False,
+    model: L2M, folder: Path, *, backbone: dict[str, Any], lora: int = 0, learnt: Learnt | None = None
 ) -> None:
     """Write the trained part of a model, so that a folder of that name is whole or not there.
 
@@ -76,9 +83,7 @@ def save_model(
         folder: is replaced.
         backbone: how it is made: `{"source": ...}` for `load_backbone`, or `{"tiny": {...}}` for `tiny_backbone`.
         lora: rank of the adapters; 0 for none.
-        together: most passages that it learnt to read at once.
-        free: whether it learnt to answer in its own words.
-        again: whether questions are put twice.
+        learnt: what it has learnt, when it is a reader.
     """
     scratch = folder.with_name(f".{folder.name}.{os.getpid()}")
     scratch.mkdir(parents=True)
@@ -99,9 +104,7 @@ def save_model(
         "backbone": backbone,
         "fingerprint": fingerprint(model.backbone),
         "lora": lora,
-        "together": together,
-        "free": free,
-        "again": again,
+        **(learnt or Learnt())._asdict(),
         "shards": len(shards),
         "parameters": len(trained),
     }
@@ -133,19 +136,10 @@ def source_of(folder: Path) -> str:
     return str(source)
 
 
-def together_of(folder: Path) -> int:
-    """Give how many passages a checkpoint learnt to read at once; 1 where it does not say."""
-    return int(_described(folder).get("together", 1))
-
-
-def free_of(folder: Path) -> bool:
-    """Say whether a checkpoint learnt to answer in its own words."""
-    return bool(_described(folder).get("free", False))
-
-
-def again_of(folder: Path) -> bool:
-    """Say whether a checkpoint learnt from questions that are put twice."""
-    return bool(_described(folder).get("again", False))
+def learnt_of(folder: Path) -> Learnt:
+    """Give what the reader of a checkpoint has learnt; what it does not say it has not."""
+    described = _described(folder)
+    return Learnt(**{name: described[name] for name in Learnt._fields if name in described})
 
 
 def _described(folder: Path) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def texts_of(kind: str, data: Path, draw: random.Random, most: int) -> list[str]
     if kind in ("wiki", "encyclopedia"):
         found = [row["text"] for name in WIKI for row in rows(data / name)]
         if kind == "encyclopedia":
-            found += [row["context"].partition(" -- ")[2] or row["context"] for row in _rows(data, "boolq/dev")]
+            found += [untitled(row["context"]) for row in _rows(data, "boolq/dev")]
             found += [row["context"] for row in _rows(data, "selqa/dev_test")]
             found = list(dict.fromkeys(text for text in found if len(text) < _LONGEST))
     elif kind == "books":
@@ -65,6 +65,11 @@ def texts_of(kind: str, data: Path, draw: random.Random, most: int) -> list[str]
         raise UsageError(f"there are no {kind} in {data}")
     draw.shuffle(found)
     return found[:most]
+
+
+def untitled(passage: str) -> str:
+    """Give a passage of BoolQ less the title that stands before it."""
+    return passage.partition(" -- ")[2] or passage
 
 
 def joined(pieces: Iterable[str], words: int = _WORDS) -> Iterator[str]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from l2m_rag.backbone import Backbone
 from l2m_rag.checkpoint import without_lora
 from l2m_rag.memory_tiers import working
 from l2m_rag.memory_tiers.router import LONG_TERM, NONE, STOP, WORKING
@@ -147,21 +148,14 @@ class EpisodeLoss(nn.Module):
                 targets = tokens[:, 1:].masked_fill(torch.arange(1, T, device=x.device) >= real[:, None], IGNORED)
                 losses["language"].append(_cross_entropy(logits[:, :-1], targets))
                 if self.weights.distance:
-                    losses["distance"].append(self._distance(x[:, number], logits, real))
+                    inside = torch.arange(T, device=x.device) < real[:, None]
+                    losses["distance"].append(distance(model.backbone, x[:, number], logits, inside))
             state, evicted = model.write(state, x[:, number], tokens, real)
             gone.append(evicted)
         asked = model.backbone.lower(episode.question)
         state, evicted = model.write(state, asked, episode.question, episode.question_real)
         far = Records(*(torch.cat(column, 1).detach() for column in zip(*gone, evicted, strict=True)))
         return state, far, {name: torch.stack(parts).mean() for name, parts in losses.items() if parts}
-
-    def _distance(self, x: Tensor, logits: Tensor, real: Tensor) -> Tensor:
-        with torch.no_grad(), without_lora(self.model.backbone):
-            positions = torch.arange(x.shape[1], device=x.device)[None]
-            alone = self.model.backbone.head(self.model.backbone.upper(x, positions))
-        inside = torch.arange(x.shape[1], device=x.device) < real[:, None]
-        gap = F.kl_div(logits.float().log_softmax(-1), alone.float().log_softmax(-1), log_target=True, reduction="none")
-        return (gap.sum(-1) * inside).sum() / inside.sum().clamp(min=1)
 
     # -- the router ----------------------------------------------------------------------------------------------------
     def _recall(
@@ -262,6 +256,23 @@ class EpisodeLoss(nn.Module):
             logits.flatten(0, 1), target[:, None].expand(recalled.place.shape).flatten(), reduction="none"
         )
         return masked_mean(loss, recalled.taken.flatten())
+
+
+def distance(backbone: Backbone, x: Tensor, logits: Tensor, inside: Tensor) -> Tensor:
+    """Give the KL divergence of predictions from the backbone's own, nats a token, a scalar.
+
+    The backbone's own are made without memory and adapters.
+
+    Args:
+        backbone: with or without adapters.
+        x: lower states of texts, (B, T, D).
+        logits: what is predicted behind each, (B, T, V).
+        inside: which of them count, (B, T) bool.
+    """
+    with torch.no_grad(), without_lora(backbone):
+        alone = backbone.head(backbone.upper(x, torch.arange(x.shape[1], device=x.device)[None]))
+    gap = F.kl_div(logits.float().log_softmax(-1), alone.float().log_softmax(-1), log_target=True, reduction="none")
+    return masked_mean(gap.sum(-1), inside)
 
 
 def _holds(records: Records, gold: Tensor) -> Tensor:

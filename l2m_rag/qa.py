@@ -141,13 +141,11 @@ def answer(
     retrieved = milliseconds(began)
     asked = cut_question(question, model, budget)
     read, positions = within(hits, model, budget)
+    teller = model if free and isinstance(model, Teller) and model.free else None
     if not read:
         draft = _Draft("", "none", 0.0, [], 0, 0, time.monotonic())
-    elif free and isinstance(model, Teller) and model.free:
-        draft = _quote(asked, read, model, abstain_below, budget, focus, enough, closeness, model)
-        say(draft.text)
-    elif isinstance(model, Reader) and not free:
-        draft = _quote(asked, read, model, abstain_below, budget, focus, enough, closeness)
+    elif isinstance(model, Reader) and (teller or not free):
+        draft = _quote(asked, read, model, abstain_below, budget, focus, enough, closeness, teller)
         say(draft.text)
     else:
         draft = _write(asked, read, model, history, closeness, abstain_below, say)
@@ -211,7 +209,7 @@ def _quote(
     focus: int,
     enough: float,
     closeness: Closeness | None,
-    teller: Teller | None = None,
+    teller: Teller | None,
 ) -> _Draft:
     """Answer with the best span, or in words that rest on it, unless the passages are not likely to hold an answer."""
     tried: list[tuple[float, Finding]] = []
@@ -245,8 +243,8 @@ def _quote(
     if probability < abstain_below:
         return replace(none, probability=probability, generated=equal[0][0].tokens)
     found, generated = list(once.values())[:3], equal[0][0].tokens
-    draft = replace(none, text=text, kind="span", probability=probability, generated=generated)
-    draft = replace(draft, citations=_numbered(found))
+    draft = replace(none, text=text, kind="span", probability=probability, citations=_numbered(found))
+    draft = replace(draft, generated=generated)
     return _tell(question, finding, found[0], draft, teller) if teller else draft
 
 

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, DynamicCache
 
 from l2m_rag import answerability, int8
 from l2m_rag.backbone import locate
-from l2m_rag.checkpoint import again_of, free_of, load_model, source_of, together_of
+from l2m_rag.checkpoint import learnt_of, load_model, source_of
 from l2m_rag.errors import UsageError
 from l2m_rag.generate import Decoder
 from l2m_rag.indexers.embedding import LOADING, computes_bf16
@@ -94,7 +94,7 @@ class MemoryReader:
         if resolution > 1 and (config.pooling != "learned" or resolution not in config.ratios):
             raise UsageError(f"{name} has not learnt to read passages at {resolution}:1; set resolution to 1")
         self.resolution = resolution
-        self.together, self.free, self._again = together_of(folder), free_of(folder), again_of(folder)
+        self.together, self.free, self._again = learnt_of(folder)
         if self.device == "cpu" and int8.available() and (not bf16 if rounded is None else rounded):
             int8.to_int8(self.model.backbone, but=_OUTLIERS)
         self._source = locate(source or source_of(folder))

@@ -18,11 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from l2m_rag.backbone import Backbone
-from l2m_rag.checkpoint import without_lora
 from l2m_rag.clozes import Triple, joined
 from l2m_rag.errors import ConfigError
-from l2m_rag.losses import IGNORED, Outcome, masked_mean
+from l2m_rag.losses import IGNORED, Outcome, distance, masked_mean
 from l2m_rag.model import L2M
 from l2m_rag.probes import noise_sentences
 from l2m_rag.reading_data import Material, Row, batches_of, gather, rows_of
@@ -35,7 +33,7 @@ FREE = "\nQuestion: {}\nIn short:"
 REBUILD = "\nThe text again:"
 """What a passage's own tokens follow when they are to be written back from its pooled states."""
 _ROUND = 32  # lengths are rounded up: a new shape costs the CPU's matrix library as much as several known ones
-_LONGEST_QUESTION = 128  # tokens, as it is put
+_LONGEST_QUESTION = 64  # tokens, each time it is put
 _PLAIN = 128  # tokens of a text that is read on without a passage; about as many as the passages of LAMBADA have
 LONGEST_ANSWER = 32
 """Tokens of an answer, at most."""
@@ -126,8 +124,9 @@ class ReadingBatches:
             [*ids, self.end] for ids in token_ids(tokenizer, [f" {one.answer}" for one in material.questions])
         ]
         self._sizes = [len(ids) if len(ids) <= passage else longest for ids in self._passages]
+        most = _LONGEST_QUESTION * (2 if again else 1)
         self._costs = [
-            len(asked) + len(answer) - 1 if len(asked) <= _LONGEST_QUESTION and len(answer) <= answers else longest + 1
+            len(asked) + len(answer) - 1 if len(asked) <= most and len(answer) <= answers else longest + 1
             for asked, answer in zip(self._questions, self._answers, strict=True)
         ]
         self._epochs: list[int] = [0]  # step at which each epoch begins
@@ -228,9 +227,17 @@ class ReadingLoss(nn.Module):
             figures |= {f"answer {ratio}:1": total, f"right {ratio}:1": figures["right"]}
         losses = {"answer": total}
         if self.distance and batch.text.numel():
-            losses["distance"] = distance(self.model.backbone, batch.text)
+            losses["distance"] = self._distance(batch.text)
             total = total + self.distance * losses["distance"]
         return Outcome({**losses, "total": total}, figures)
+
+    def _distance(self, tokens: Tensor) -> Tensor:
+        """Give how far what the adapters say of texts, (B, T), lies from what the backbone says."""
+        backbone = self.model.backbone
+        with torch.no_grad():
+            x = backbone.lower(tokens)
+        logits = backbone.head(backbone.upper(x, torch.arange(tokens.shape[1], device=tokens.device)[None]))
+        return distance(backbone, x, logits, torch.ones_like(tokens, dtype=torch.bool))
 
     def answers(self, batch: Readings, ratio: int) -> tuple[Tensor, Tensor, Tensor]:
         """Give the logits (N, V) float32 of all the answers' tokens, the tokens (N,), and whose they are (N,)."""
@@ -272,22 +279,6 @@ class ReadingLoss(nn.Module):
         logits = model.backbone.head(F.pad(hidden, (0, 0, 0, -len(hidden) % _ROUND)))[: len(hidden)]
         owner = (torch.arange(B, device=x.device)[:, None] * Q + order // A)[here]
         return logits.float(), told[here], owner
-
-
-def distance(backbone: Backbone, tokens: Tensor) -> Tensor:
-    """Give the KL divergence of what the adapters say of a text from what the backbone says, nats a token, a scalar.
-
-    Args:
-        backbone: with adapters.
-        tokens: ids, (B, T); all of them real.
-    """
-    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-    with torch.no_grad():
-        x = backbone.lower(tokens)
-        with without_lora(backbone):
-            alone = backbone.head(backbone.upper(x, positions)).float().log_softmax(-1)
-    own = backbone.head(backbone.upper(x, positions)).float().log_softmax(-1)
-    return F.kl_div(own.flatten(0, 1), alone.flatten(0, 1), log_target=True, reduction="batchmean")
 
 
 class _Cache:
@@ -378,7 +369,7 @@ def plain_texts(books: Path, material: Material, seed: int, *, most: int = 6000)
     """Give texts to be read on without a passage: of books, and half as many questions with their answers in a row."""
     draw = random.Random(seed)
     asked = [one for one in material.questions if one.answer]
-    put = [f"\nQuestion: {one.text}\nAnswer: {one.answer}" for one in draw.sample(asked, min(4 * most, len(asked)))]
+    put = [f"{QUESTION.format(one.text)} {one.answer}" for one in draw.sample(asked, min(4 * most, len(asked)))]
     rows = ["".join(put[at : at + 8]).lstrip() for at in range(0, len(put), 8)]
     return paragraphs(books, seed, words=130, most=most) + rows
 

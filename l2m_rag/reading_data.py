@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from l2m_rag.bridges import Bridge, bridges, hotpot, titled
-from l2m_rag.clozes import Triple, lists, texts_of
+from l2m_rag.clozes import Triple, lists, texts_of, untitled
 from l2m_rag.clozes import clozes as make_clozes
 from l2m_rag.errors import CorruptError, UsageError
 from l2m_rag.indexers.chunking import Tokenizer, split
@@ -293,8 +293,8 @@ def _free(source: str, data: Path) -> Iterator[Triple]:
     """Give (passage, question, answer) of short answers that do not stand in their passage; "Yes" and "No" apart."""
     for name in _FREE[source]:
         for row in rows(data / f"{name}.jsonl.zst"):
-            answer, held = str(row["answers"][0]) if row["answers"] else "", row["context"].partition(" -- ")
-            passage = held[2] if name == "boolq/dev" and held[2] else row["context"]  # less its title
+            answer = str(row["answers"][0]) if row["answers"] else ""
+            passage = untitled(row["context"]) if name == "boolq/dev" else row["context"]
             if name == "boolq/dev" and part_of(row["context"]) != "train":
                 continue
             if (answer in _YES_NO) != (source == "yes-no") or not answer or len(answer) > _LONGEST_ANSWER:

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from l2m_rag.backbone import Backbone, load_backbone, locate, tiny_backbone
-from l2m_rag.checkpoint import add_lora, load_model, put_weights, reader_at, save_model
+from l2m_rag.checkpoint import Learnt, add_lora, load_model, put_weights, reader_at, save_model
 from l2m_rag.clozes import Triple, texts_of
 from l2m_rag.episodes import Batches, TaskRecipe
 from l2m_rag.errors import ConfigError, CorruptError, L2MError, MissingExtraError
@@ -361,15 +361,14 @@ def _write(recipe: Recipe, model: L2M, masters: Masters, folder: Path, made: dic
     """Write the model that came of a run, moved back towards the weights at its start by the share that is kept."""
     plan, task = recipe.train, recipe.task
     if plan.kept:
-        started = Masters(build(recipe)[0])
+        put_weights(reader_at(plan.start), model)
+        started = Masters(model)
         for name, master in masters.by_name.items():
-            master.lerp_(started.by_name[name].to(master.device), plan.kept)
+            master.lerp_(started.by_name[name], plan.kept)
         masters.give_weights()
-    learnt: dict[str, Any] = {}
-    if task.kind == "reading":
-        learnt = {"together": task.together, "free": task.freely > 0, "again": task.again}
+    learnt = Learnt(task.together, task.freely > 0, task.again) if task.kind == "reading" else None
     lora = plan.lora_rank if plan.what == "lora" else 0
-    save_model(model, folder / "model", backbone=made, lora=lora, **learnt)
+    save_model(model, folder / "model", backbone=made, lora=lora, learnt=learnt)
     plot(folder)
 
 

@@ -98,7 +98,7 @@ def harder(material: Material, *, seed: int, cut: float = 0.5) -> Material:
     for number, passage in enumerate(material.passages):
         if material.sources[number] not in PLAIN:
             continue
-        asked = [one for one in map(material.questions.__getitem__, material.asked[number]) if not one.free]
+        asked = [material.questions[one] for one in material.asked[number] if not material.questions[one].free]
         taken = {bare(one.text) for one in asked}
         for one in asked:
             text = twisted(one.text, passage, one.answer, draw)

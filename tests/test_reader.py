@@ -13,7 +13,7 @@ from memory_models import tiny_folder
 from torch import Tensor
 
 from l2m_rag.backbone import load_backbone
-from l2m_rag.checkpoint import add_lora, again_of, free_of, load_model, save_model, source_of, together_of
+from l2m_rag.checkpoint import Learnt, add_lora, learnt_of, load_model, save_model, source_of
 from l2m_rag.errors import CorruptError, L2MError, UsageError
 from l2m_rag.model import L2M
 from l2m_rag.model_config import L2MConfig
@@ -40,7 +40,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         elif "lora_" not in name:
             weight.requires_grad_(False)
     made = folder / "checkpoint"
-    save_model(model, made, backbone={"source": str(folder)}, lora=4, together=3, free=True)
+    save_model(model, made, backbone={"source": str(folder)}, lora=4, learnt=Learnt(3, free=True))
     return made
 
 
@@ -152,9 +152,9 @@ def test_a_checkpoint_says_how_many_passages_it_reads_together(
     described = json.loads((checkpoint / "config.json").read_text())
     del described["together"], described["free"], described["again"]  # as those before they were written down
     (tmp_path / "config.json").write_text(json.dumps(described))
-    assert together_of(tmp_path) == 1
-    assert not free_of(tmp_path)
-    assert not again_of(tmp_path)
+    assert learnt_of(tmp_path).together == 1
+    assert not learnt_of(tmp_path).free
+    assert not learnt_of(tmp_path).again
     again = MemoryReader(checkpoint, name="again", device="cpu", rounded=False)
     again.model.float()
     once = reader.quote("who ran? who ran?", PASSAGES)
