@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -139,17 +139,18 @@ def qa(
             asked, tasks = _asked(settings, one, questions, collection, data)
             chosen = evaluate.sample(tasks.tasks, _SUITE if suite is not None and n is None else n)
             known: evaluate.Outcomes = {}
+            over = (True,) if tasks.alone else ways
             rows = [
                 evaluate.answers(
                     asked, chosen, gold=way, free=free, unanswerable=not answerable, known=known, told=told
                 )
-                for way in ways
+                for way in over
             ]
             if beside:
                 asking: dict[str, Any] = {"unanswerable": not answerable, "free": free, "told": told}
                 for way, changes in evaluate.BESIDE.items():
                     other = evaluate.changed(asked, changes)
-                    rows.append(evaluate.answers(other, chosen, gold=ways[-1], way=way, **asking))
+                    rows.append(evaluate.answers(other, chosen, gold=over[-1], way=way, **asking))
                 if suite == "long":
                     cut = partial(load_language_model(settings).cut, tokens=settings.budget)
                     short = evaluate.beginnings(tasks, cut)
@@ -212,7 +213,7 @@ def calibrate(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write the weights (JSON).")],
     names: Annotated[
         str, typer.Option("--set", metavar="NAME,...", help="Question sets, of those that may be trained on.")
-    ] = "multispanqa,timeqa-valid,selqa",
+    ] = "multispanqa,timeqa-valid,selqa,notices-valid",
     data: DataOption = None,
     n: Annotated[int, typer.Option("-n", min=1, metavar="N", help="Take N questions of each, by chance.")] = 60,
     model: ModelOption = None,
@@ -236,8 +237,9 @@ def calibrate(
         sets = []
         for name in chosen:
             asked, tasks = _asked(settings, name, None, None, data)
-            answerable = [task for task in tasks.tasks if task.answerable and task.answers]
-            sets.append((asked, evaluate.sample(answerable, n)))
+            usable = [task for task in tasks.tasks if tasks.alone or (task.answerable and task.answers)]
+            # a question is searched for three times or so, one of a document alone once
+            sets.append((asked, replace(tasks, tasks=evaluate.sample(usable, 3 * n if tasks.alone else n))))
         found = evaluate.calibrate(sets, told=told)
     file.write_text(json.dumps(found, indent=1) + "\n")
     output.say_json(found) if as_json else output.say(f"{file}: {found['fitted']}; AUROC {found['auroc']}")

@@ -350,12 +350,13 @@ def _qa_row(evidence: str, outcomes: Sequence[_Outcome], positive: int, threshol
 
 
 # -- the probability that there is an answer ---------------------------------------------------------------------------
-def calibrate(sets: Sequence[tuple[Collection, Sequence[Task]]], *, told: Told | None = None) -> dict[str, object]:
+def calibrate(sets: Sequence[tuple[Collection, TaskSet]], *, told: Told | None = None) -> dict[str, object]:
     """Fit the weights of the probability that there is an answer: logistic regression over the evidence's features.
 
     Each question is asked with its document in reach, with it kept from the search, and of the document alone changed
     so that it does not answer it (`l2m_rag.unanswerable`), up to twice; the label is whether a passage that was read
-    holds a gold answer and comes from the document. Questions without an answer weigh as much, all together, as those
+    holds a gold answer and comes from the document. Those of a set that are about their document alone are asked of it,
+    answered or not, and not of the others. Questions without an answer weigh as much, all together, as those
     with one, however many were made of each; else a probability of one half would say too seldom that there is one.
 
     Args:
@@ -371,13 +372,17 @@ def calibrate(sets: Sequence[tuple[Collection, Sequence[Task]]], *, told: Told |
     labels: list[int] = []
     shares: list[float] = []  # of a reading in the whole
     priors: list[tuple[dict[str, float], int, float]] = []  # the same of passages read by themselves
-    jobs: list[tuple[Collection, Reader, Task, str | None]] = []
+    jobs: list[tuple[Collection, Reader, Task, str | None, bool]] = []  # the last: is the answer in reach?
     for collection, tasks in sets:
         model = load_language_model(collection.settings)
         if not isinstance(model, Reader):
             raise UsageError("the probability is fitted with a model that can quote; leave out --llm-url")
-        asked_of = [task for task in tasks if task.document and task.answers]
-        jobs += [(collection, model, task, where) for task in asked_of for where in (None, _without(task))]
+        asked_of = [task for task in tasks.tasks if task.document and task.answers]
+        if tasks.alone:
+            jobs += [(collection, model, task, _only(task), task.answerable) for task in tasks.tasks]
+        else:
+            jobs += [(collection, model, task, None, True) for task in asked_of]
+            jobs += [(collection, model, task, _without(task), False) for task in asked_of]
         for task in asked_of:
             passage = collection.text(task.document)
             if len(passage) > _LONG:  # it may answer what was changed, too
@@ -385,9 +390,9 @@ def calibrate(sets: Sequence[tuple[Collection, Sequence[Task]]], *, told: Told |
             made = {twisted(task.question, passage, task.answers[0], random.Random(seed)) for seed in range(_TWISTED)}
             for text in sorted(text for text in made if text):
                 none = Task(task.id, text, (), task.document, answerable=False)
-                jobs.append((collection, model, none, _only(task)))
-    answered = sum(where is None for *_, where in jobs)
-    for number, (collection, reader, task, where) in enumerate(jobs, 1):
+                jobs.append((collection, model, none, _only(task), False))
+    answered = sum(reach for *_, reach in jobs)
+    for number, (collection, reader, task, where, reach) in enumerate(jobs, 1):
         settings = collection.settings
         read, _ = within(collection.search(task.question, settings.passages, where=where), reader, settings.budget)
         asked = cut_question(task.question, reader, settings.budget)
@@ -395,7 +400,7 @@ def calibrate(sets: Sequence[tuple[Collection, Sequence[Task]]], *, told: Told |
         for found in findings(asked, read, reader, **sizes, closeness=collection.closeness, skip=0.0, alone=1.0):
             points.append(found.features)
             labels.append(int(any(_holds(task, passage) for passage in found.passages)))
-            shares.append(1.0 if where is None else answered / (len(jobs) - answered))
+            shares.append(1.0 if reach else answered / (len(jobs) - answered))
             if not found.features.get("together"):
                 priors.append((found.prior, labels[-1], shares[-1]))
         if told:

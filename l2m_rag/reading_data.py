@@ -25,6 +25,7 @@ from l2m_rag.clozes import clozes as make_clozes
 from l2m_rag.errors import CorruptError, UsageError
 from l2m_rag.indexers.chunking import Tokenizer, split
 from l2m_rag.memory_tiers.records import Parsed
+from l2m_rag.notices import notices
 from l2m_rag.tasks import WIKI, part_of, rows
 
 EVALUATION = (
@@ -35,7 +36,7 @@ EVALUATION = (
 
 SOURCES = (
     "squad", "qed", "qamr", "tweetqa", "fairytaleqa", "ropes", "narrativeqa", "timeqa", "covidqa", "cloze", "lists",
-    "books", "meetings", "papers", "stories", "dialogue", "bridges", "told", "yes-no",
+    "books", "meetings", "papers", "stories", "dialogue", "bridges", "told", "yes-no", "notices",
 )  # fmt: skip
 _FILES = {
     "squad": "squad/squad11_train_subset",
@@ -53,6 +54,8 @@ _FREE = {
 """Sources whose answers do not stand in the passage; they are asked for in the reader's own words."""
 _YES_NO = ("yes", "no")
 _DOCUMENTS = {"timeqa": ("timeqa/docs", "timeqa/qa_train"), "covidqa": ("covidqa/docs", "covidqa/qa")}
+_ALIKE = ("notices",)
+"""Sources whose passages are so alike that what is asked of one is answered, otherwise, by another."""
 ASKED = "asked"
 """The source of questions that were written by a model (`l2m_rag.asking`)."""
 _CLOZES = {"cloze": "wiki", "books": "books", "meetings": "meetings", "papers": "papers"}
@@ -219,7 +222,7 @@ def gather(
         sources: which of `SOURCES`.
         embedder: says what is near.
         tokenizer: long documents are cut into chunks by.
-        clozes: passages of each kind that cloze questions are made of; stories and conversations that are drawn.
+        clozes: passages of each kind that cloze questions are made of; stories, conversations and notices.
         seed: of what is drawn.
         asked: more questions, of the source "asked".
         told: called with what is being done.
@@ -258,6 +261,9 @@ def gather(
     texts = list(passages)
     told(f"comparing {len(texts)} passages and {len(questions)} questions")
     near, lures = _near(texts, questions, embedder)
+    for at in (at for at, source in enumerate(found) if source in _ALIKE):
+        near[at] = [other for other in near[at] if found[other] not in _ALIKE]
+        lures[at] = [one for one in lures[at] if found[questions[one].passage] not in _ALIKE]
     return Material(texts, found, questions, near, lures)
 
 
@@ -269,6 +275,8 @@ def _triples(source: str, data: Path, tokenizer: Tokenizer, most: int, seed: int
         return _free(source, data)
     if source in _DOCUMENTS:
         return _chunked(source, data, tokenizer)
+    if source == "notices":
+        return notices(random.Random(seed), most)
     if source == "stories":
         return _stories(_drawn(data / "babi/train.jsonl.zst", most, seed))
     if source == "dialogue":

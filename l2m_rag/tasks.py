@@ -10,12 +10,14 @@ import hashlib
 import io
 import json
 import os
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from l2m_rag.errors import MissingExtraError, UsageError
+from l2m_rag.notices import notices
 
 DATA = "L2M_DATA"
 """Environment variable that names the folder of the data sets."""
@@ -48,22 +50,28 @@ class TaskSet:
         name: of the set.
         documents: text by document id, distractors among them; empty when the questions are for a collection.
         tasks: the questions.
+        alone: whether each question is about its own document only, as others of the kind answer it otherwise.
     """
 
     name: str
     documents: dict[str, str]
     tasks: list[Task]
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class _Files:
-    """Where a set lies below the data folder, which part of it is meant, and whether it may be trained on."""
+    """Where a set lies below the data folder, which part of it is meant, and whether it may be trained on.
 
-    questions: tuple[str, ...]
+    A set without a file of questions is made of so many notices (`l2m_rag.notices`).
+    """
+
+    questions: tuple[str, ...] = ()
     documents: tuple[str, ...] = ()
     distractors: tuple[str, ...] = ()
     part: str = ""
     train: bool = False
+    notices: int = 0
 
 
 WIKI = ("wiki_passages/2wiki_corpus.jsonl.zst", "wiki_passages/hotpot_corpus.jsonl.zst")
@@ -84,6 +92,8 @@ SETS = {
     "multispanqa": _Files(("multispanqa/dev.jsonl.zst",), train=True),  # to fit on: the reader learns nothing from it
     "selqa": _Files(("selqa/dev_test.jsonl.zst",), distractors=WIKI, train=True),  # as that
     "boolq": _Files(("boolq/dev.jsonl.zst",), part="evaluation"),
+    "notices": _Files(notices=120, part="evaluation"),
+    "notices-valid": _Files(notices=40, part="validation", train=True),
     # long documents, one at a time
     "cuad": _Files(("cuad/qa.jsonl.zst",), documents=("cuad/contracts.jsonl.zst",), part="evaluation"),
     "timeqa": _Files(("timeqa/qa_train.jsonl.zst",), documents=("timeqa/docs.jsonl.zst",), part="evaluation"),
@@ -140,6 +150,9 @@ def load_set(name: str, data: Path) -> TaskSet:
             text = row.get("text") or row.get("context") or "\n\n".join(row["sections"])
             documents[f"{row['doc_id']}.txt"] = str(text)
     tasks = []
+    for number, (paper, question, answer) in enumerate(notices(random.Random(name), files.notices, files.part)):
+        told = (answer,) if answer else ()
+        tasks.append(Task(str(number), question, told, _document(paper, names, documents), bool(answer)))
     for file in files.questions:
         for row in rows(data / file):
             if files.part and part_of(str(row.get("doc_id") or row["context"])) != files.part:
@@ -152,7 +165,7 @@ def load_set(name: str, data: Path) -> TaskSet:
     for file in files.distractors:
         for row in rows(data / file):
             _document(row.get("context") or row["text"], names, documents)
-    return TaskSet(name, documents, tasks)
+    return TaskSet(name, documents, tasks, alone=files.notices > 0)
 
 
 def load_file(path: Path) -> TaskSet:

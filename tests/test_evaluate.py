@@ -249,7 +249,8 @@ def test_the_probability_is_fitted_on_readings_with_and_without_the_document(mon
             return {None: hits, "document <> 'd'": hits[1:], "document = 'd'": hits[:1]}[where]
 
     kept: Any = Kept()
-    found = evaluate.calibrate([(kept, [Task("1", "Who wrote first", ("Ada",), "d"), Task("2", "When?", (), "d")])] * 2)
+    told = TaskSet("told", {}, [Task("1", "Who wrote first", ("Ada",), "d"), Task("2", "When?", (), "d")])
+    found = evaluate.calibrate([(kept, told)] * 2)
     whole, others, itself = None, "document <> 'd'", "document = 'd'"
     assert asked == [("Who wrote first", whole), ("Who wrote first", others), ("Who wrote last", itself)] * 2
     assert found["fitted"] == "12 readings for 6 searches; 2 held the answer"
@@ -258,9 +259,9 @@ def test_the_probability_is_fitted_on_readings_with_and_without_the_document(mon
     assert set(found["prior"]) == {"bias", "passage", "behind"}  # type: ignore[call-overload]
     alone = found["prior"]
     monkeypatch.setattr(Sure, "together", 2)
-    found = evaluate.calibrate([(kept, [Task("1", "Who wrote first", ("Ada",), "d"), Task("2", "When?", (), "d")])] * 2)
+    found = evaluate.calibrate([(kept, told)] * 2)
     assert found["fitted"] == "16 readings for 6 searches; 4 held the answer"  # two more of several passages
     assert "together" in set(found["weights"])  # type: ignore[call-overload]
     assert found["prior"] == alone  # of passages read by themselves
     with pytest.raises(UsageError, match="which some are found"):
-        evaluate.calibrate([(kept, [Task("1", "Who?", ("nothing",), "d")])])
+        evaluate.calibrate([(kept, TaskSet("told", {}, [Task("1", "Who?", ("nothing",), "d")]))])

@@ -178,6 +178,16 @@ def test_material_comes_back_as_it_was_saved(tmp_path: Path) -> None:
         Material.load(tmp_path / "m.json")
 
 
+def test_what_one_notice_is_asked_is_not_asked_of_another_that_answers_it_otherwise(tmp_path: Path) -> None:
+    write(tmp_path / "squad/squad11_train_subset.jsonl.zst", line(LONG, "Who is the treasurer, and when?", "1843"))
+    made = gather(tmp_path, ["squad", "notices"], Words(), Words(), clozes=40)
+    papers = [at for at, source in enumerate(made.sources) if source == "notices"]
+    assert len(papers) > 30
+    assert all(made.sources[other] == "squad" for at in papers for other in made.near[at])
+    assert all(made.sources[made.questions[one].passage] == "squad" for at in papers for one in made.lures[at])
+    assert any(made.near[at] or made.lures[at] for at in papers)
+
+
 @pytest.mark.skipif(not (DATA / "squad").is_dir(), reason="the data sets are not beside this checkout")
 def test_nothing_that_is_measured_on_is_learnt_from(monkeypatch: pytest.MonkeyPatch) -> None:
     there = [name for name in EVALUATION if (DATA / f"{name}.jsonl.zst").is_file()]
