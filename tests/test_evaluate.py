@@ -265,3 +265,25 @@ def test_the_probability_is_fitted_on_readings_with_and_without_the_document(mon
     assert found["prior"] == alone  # of passages read by themselves
     with pytest.raises(UsageError, match="which some are found"):
         evaluate.calibrate([(kept, TaskSet("told", {}, [Task("1", "Who?", ("nothing",), "d")]))])
+
+
+def test_questions_about_their_document_alone_are_asked_of_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "load_language_model", lambda settings: Sure())
+    asked: list[tuple[str, str | None]] = []
+
+    class Kept:
+        settings = Settings()
+        closeness = None
+
+        def text(self, document: str) -> str:
+            return "Ada wrote it."
+
+        def search(self, question: str, k: int, *, where: str | None) -> list[Passage]:
+            asked.append((question, where))
+            return [passage("d", "Ada wrote it.")]
+
+    kept: Any = Kept()
+    papers = [Task("1", "Who wrote first", ("Ada",), "d"), Task("2", "When?", (), "d", answerable=False)]
+    found = evaluate.calibrate([(kept, TaskSet("papers", {}, papers, alone=True))])
+    assert asked == [(question, "document = 'd'") for question in ("Who wrote first", "When?", "Who wrote last")]
+    assert found["fitted"] == "3 readings for 3 searches; 1 held the answer"
