@@ -215,7 +215,9 @@ def calibrate(
         str, typer.Option("--set", metavar="NAME,...", help="Question sets, of those that may be trained on.")
     ] = "multispanqa,timeqa-valid,selqa,notices-valid",
     data: DataOption = None,
-    n: Annotated[int, typer.Option("-n", min=1, metavar="N", help="Take N questions of each, by chance.")] = 60,
+    n: Annotated[
+        int, typer.Option("-n", min=1, metavar="N", help="Take N questions of each, by chance; of notices 3 N.")
+    ] = 60,
     model: ModelOption = None,
     as_json: Json = False,
 ) -> None:

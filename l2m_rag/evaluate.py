@@ -372,17 +372,16 @@ def calibrate(sets: Sequence[tuple[Collection, TaskSet]], *, told: Told | None =
     labels: list[int] = []
     shares: list[float] = []  # of a reading in the whole
     priors: list[tuple[dict[str, float], int, float]] = []  # the same of passages read by themselves
-    jobs: list[tuple[Collection, Reader, Task, str | None, bool]] = []  # the last: is the answer in reach?
+    jobs: list[tuple[Collection, Reader, Task, str | None]] = []
     for collection, tasks in sets:
         model = load_language_model(collection.settings)
         if not isinstance(model, Reader):
             raise UsageError("the probability is fitted with a model that can quote; leave out --llm-url")
         asked_of = [task for task in tasks.tasks if task.document and task.answers]
         if tasks.alone:
-            jobs += [(collection, model, task, _only(task), task.answerable) for task in tasks.tasks]
+            jobs += [(collection, model, task, _only(task)) for task in tasks.tasks]
         else:
-            jobs += [(collection, model, task, None, True) for task in asked_of]
-            jobs += [(collection, model, task, _without(task), False) for task in asked_of]
+            jobs += [(collection, model, task, where) for task in asked_of for where in (None, _without(task))]
         for task in asked_of:
             passage = collection.text(task.document)
             if len(passage) > _LONG:  # it may answer what was changed, too
@@ -390,9 +389,9 @@ def calibrate(sets: Sequence[tuple[Collection, TaskSet]], *, told: Told | None =
             made = {twisted(task.question, passage, task.answers[0], random.Random(seed)) for seed in range(_TWISTED)}
             for text in sorted(text for text in made if text):
                 none = Task(task.id, text, (), task.document, answerable=False)
-                jobs.append((collection, model, none, _only(task), False))
-    answered = sum(reach for *_, reach in jobs)
-    for number, (collection, reader, task, where, reach) in enumerate(jobs, 1):
+                jobs.append((collection, model, none, _only(task)))
+    answered = sum(_in_reach(task, where) for *_, task, where in jobs)
+    for number, (collection, reader, task, where) in enumerate(jobs, 1):
         settings = collection.settings
         read, _ = within(collection.search(task.question, settings.passages, where=where), reader, settings.budget)
         asked = cut_question(task.question, reader, settings.budget)
@@ -400,7 +399,7 @@ def calibrate(sets: Sequence[tuple[Collection, TaskSet]], *, told: Told | None =
         for found in findings(asked, read, reader, **sizes, closeness=collection.closeness, skip=0.0, alone=1.0):
             points.append(found.features)
             labels.append(int(any(_holds(task, passage) for passage in found.passages)))
-            shares.append(1.0 if reach else answered / (len(jobs) - answered))
+            shares.append(1.0 if _in_reach(task, where) else answered / (len(jobs) - answered))
             if not found.features.get("together"):
                 priors.append((found.prior, labels[-1], shares[-1]))
         if told:
@@ -433,6 +432,11 @@ def _fitted(points: Sequence[dict[str, float]], labels: Sequence[int], shares: S
     fitted = LogisticRegression(C=10.0, max_iter=1000).fit(matrix, labels, sample_weight=shares)
     weights = {"bias": float(fitted.intercept_[0]), **dict(zip(names, map(float, fitted.coef_[0]), strict=True))}
     return {name: round(weight, 4) for name, weight in weights.items()}
+
+
+def _in_reach(task: Task, where: str | None) -> bool:
+    """Say whether a search that is so filtered may find what answers a question."""
+    return bool(task.answers) and where != _without(task)
 
 
 def _holds(task: Task, passage: Passage) -> bool:

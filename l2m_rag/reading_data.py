@@ -261,9 +261,10 @@ def gather(
     texts = list(passages)
     told(f"comparing {len(texts)} passages and {len(questions)} questions")
     near, lures = _near(texts, questions, embedder)
-    for at in (at for at, source in enumerate(found) if source in _ALIKE):
-        near[at] = [other for other in near[at] if found[other] not in _ALIKE]
-        lures[at] = [one for one in lures[at] if found[questions[one].passage] not in _ALIKE]
+    for at, source in enumerate(found):
+        if source in _ALIKE:
+            near[at] = [other for other in near[at] if found[other] not in _ALIKE]
+            lures[at] = [one for one in lures[at] if found[questions[one].passage] not in _ALIKE]
     return Material(texts, found, questions, near, lures)
 
 

@@ -218,6 +218,24 @@ class Sure:
         return Quoted([Span(0, 0, 3, -0.1 if held else -4.0, 1)], -5.0 if held else -0.1, 4, 3)
 
 
+class Kept:
+    """A collection that finds what it is told to for each filter, and keeps what it was asked."""
+
+    settings = Settings()
+    closeness = None
+
+    def __init__(self, hits: dict[str | None, list[Passage]]) -> None:
+        self.hits = hits
+        self.asked: list[tuple[str, str | None]] = []
+
+    def text(self, document: str) -> str:
+        return "Ada wrote it."
+
+    def search(self, question: str, k: int, *, where: str | None) -> list[Passage]:
+        self.asked.append((question, where))
+        return self.hits[where]
+
+
 def test_a_half_is_where_as_many_have_an_answer_as_have_none() -> None:
     pytest.importorskip("sklearn")
     points = [{"x": float(number)} for number in range(-4, 5)] * 2
@@ -234,25 +252,12 @@ def test_a_half_is_where_as_many_have_an_answer_as_have_none() -> None:
 
 def test_the_probability_is_fitted_on_readings_with_and_without_the_document(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate, "load_language_model", lambda settings: Sure())
-    asked: list[tuple[str, str | None]] = []
-
-    class Kept:
-        settings = Settings()
-        closeness = None
-
-        def text(self, document: str) -> str:
-            return "Ada wrote it."
-
-        def search(self, question: str, k: int, *, where: str | None) -> list[Passage]:
-            asked.append((question, where))
-            hits = [passage("d", "Ada wrote it."), passage("e", "Nobody knows."), passage("f", "Ada of another one.")]
-            return {None: hits, "document <> 'd'": hits[1:], "document = 'd'": hits[:1]}[where]
-
-    kept: Any = Kept()
+    hits = [passage("d", "Ada wrote it."), passage("e", "Nobody knows."), passage("f", "Ada of another one.")]
+    kept: Any = Kept({None: hits, "document <> 'd'": hits[1:], "document = 'd'": hits[:1]})
     told = TaskSet("told", {}, [Task("1", "Who wrote first", ("Ada",), "d"), Task("2", "When?", (), "d")])
     found = evaluate.calibrate([(kept, told)] * 2)
     whole, others, itself = None, "document <> 'd'", "document = 'd'"
-    assert asked == [("Who wrote first", whole), ("Who wrote first", others), ("Who wrote last", itself)] * 2
+    assert kept.asked == [("Who wrote first", whole), ("Who wrote first", others), ("Who wrote last", itself)] * 2
     assert found["fitted"] == "12 readings for 6 searches; 2 held the answer"
     weights: Any = found["weights"]
     assert weights["empty"] < 0 < weights["span"]
@@ -269,21 +274,8 @@ def test_the_probability_is_fitted_on_readings_with_and_without_the_document(mon
 
 def test_questions_about_their_document_alone_are_asked_of_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate, "load_language_model", lambda settings: Sure())
-    asked: list[tuple[str, str | None]] = []
-
-    class Kept:
-        settings = Settings()
-        closeness = None
-
-        def text(self, document: str) -> str:
-            return "Ada wrote it."
-
-        def search(self, question: str, k: int, *, where: str | None) -> list[Passage]:
-            asked.append((question, where))
-            return [passage("d", "Ada wrote it.")]
-
-    kept: Any = Kept()
+    kept: Any = Kept({"document = 'd'": [passage("d", "Ada wrote it.")]})
     papers = [Task("1", "Who wrote first", ("Ada",), "d"), Task("2", "When?", (), "d", answerable=False)]
     found = evaluate.calibrate([(kept, TaskSet("papers", {}, papers, alone=True))])
-    assert asked == [(question, "document = 'd'") for question in ("Who wrote first", "When?", "Who wrote last")]
+    assert kept.asked == [(question, "document = 'd'") for question in ("Who wrote first", "When?", "Who wrote last")]
     assert found["fitted"] == "3 readings for 3 searches; 1 held the answer"

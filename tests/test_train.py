@@ -16,7 +16,7 @@ from memory_models import tiny_folder
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from l2m_rag.checkpoint import load_model
+from l2m_rag.checkpoint import learnt_of, load_model
 from l2m_rag.episodes import Batches, TaskRecipe
 from l2m_rag.errors import ConfigError, CorruptError, IncompatibleError, L2MError
 from l2m_rag.losses import LossWeights
@@ -296,6 +296,14 @@ def test_reading_needs_a_folder_and_a_share_for_each_source() -> None:
         TaskRecipe(kind="reading")
     with pytest.raises(ConfigError, match=r"task\.shares"):
         TaskRecipe(kind="reading", data="x", sources=("squad", "qed"), shares=(1.0,))
+
+
+def test_recipes_that_go_on_from_the_default_reader_put_questions_as_it_has_learnt() -> None:
+    learnt = learnt_of(ROOT / "l2m_rag" / "data" / "reader")
+    recipes = [load_recipe(path) for path in (ROOT / "recipes").glob("*.toml")]
+    on = [recipe for recipe in recipes if recipe.train.start == "default" and recipe.task.kind == "reading"]
+    assert len(on) > 2
+    assert all(recipe.task.again == learnt.again for recipe in on)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.stem)
