@@ -42,4 +42,6 @@ def load(path: Path) -> tuple[dict[str, float], dict[str, float]]:
         weights, prior = [{str(name): float(weight) for name, weight in found[key].items()} for key in _KEYS]
         return weights, prior
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptError(f"{path} cannot be read ({error}); restore it, or run: l2m eval calibrate {path}") from error
+        raise CorruptError(
+            f"{path} cannot be read ({error}); restore it, or delete it and run: l2m eval calibrate {path}"
+        ) from error

@@ -168,7 +168,7 @@ def test_damaged_weights_of_the_probability_are_named(checkpoint: Path) -> None:
     assert MemoryReader(checkpoint, name="tiny", device="cpu").prior == {"bias": 2.0}
     place.write_text("{}")
     try:
-        with pytest.raises(CorruptError, match="l2m eval calibrate"):
+        with pytest.raises(CorruptError, match="delete it and run: l2m eval calibrate"):
             MemoryReader(checkpoint, name="tiny", device="cpu")
     finally:
         place.unlink()
