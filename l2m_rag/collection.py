@@ -50,6 +50,8 @@ PATIENCE = 30.0
 TIDY_AFTER = 500
 """Texts that are put in before files are merged and words indexed, which a search pays 29 us a text for until then."""
 
+_BEGINNING = 2  # passages that are read before the beginning of the only document that was found
+
 logger = logging.getLogger(__name__)
 
 
@@ -336,6 +338,30 @@ class Collection:
         vector = None if mode == "text" else self._embedder().encode([text])[0]
         return tier.search(text, vector, k, mode=mode, where=where, fusion=fusion)
 
+    def evidence(self, text: str, k: int, where: str | None = None) -> list[Passage]:
+        """Give the passages that a question is answered from: those that fit best, and the beginning of the document.
+
+        It is among the first where all that is found is of one document, as what that is, whose and of which day stands
+        there, in words that no question has.
+
+        Args:
+            text: what to look for.
+            k: at most this many.
+            where: filter, as in `search`.
+
+        Raises:
+            CollectionNotFound: there is no such collection.
+            UsageError: the text is blank, or the filter cannot be used.
+        """
+        found = self.search(text, k, where=where)
+        documents = {passage.chunk.document for passage in found}
+        if len(documents) != 1 or any(passage.chunk.ordinal == 0 for passage in found[: _BEGINNING + 1]):
+            return found
+        there = f"{of_document(documents.pop())} AND ordinal = 0" + (f" AND ({where})" if where else "")
+        first = self.search(text, 1, where=there)
+        rest = [passage for passage in found if passage.chunk.ordinal]
+        return [*rest[:_BEGINNING], *first, *rest[_BEGINNING:]][:k]
+
     def ask(
         self,
         question: str,
@@ -366,9 +392,7 @@ class Collection:
         self.tier()
         return qa.answer(
             question,
-            lambda text, k: merged(
-                self.search(text[:LONGEST_QUESTION], k, where=where), also(question) if also else []
-            ),
+            lambda text, k: merged(self.evidence(text[:LONGEST_QUESTION], k, where), also(question) if also else []),
             load_language_model(self.settings),
             passages=self.settings.passages,
             budget=self.settings.budget,
@@ -552,11 +576,14 @@ class Collection:
             tier = LongTermTier(self.path)
             named = DEFAULT_EMBEDDER if self.settings.embedder == "default" else self.settings.embedder
             wanted = self._given.name if self._given else named
-            if tier.manifest.embedder != wanted:
-                raise IncompatibleError(
-                    f"collection {self.name!r} was made with the embedder {tier.manifest.embedder!r}; the settings say "
-                    f"{wanted!r}. Set embedder = {tier.manifest.embedder!r}, or ingest into a new collection"
+            made = tier.manifest.embedder
+            if made != wanted:
+                mend = (
+                    f"it was opened with {wanted!r}. Open it with the one that made it, or take another collection"
+                    if self._given
+                    else f"the settings say {wanted!r}. Set embedder = {made!r}, or ingest into a new collection"
                 )
+                raise IncompatibleError(f"collection {self.name!r} was made with the embedder {made!r}; {mend}")
             self._tier, self._opened = tier, manifest
         return self._tier
 
@@ -667,6 +694,11 @@ def ask_files(
     if not collection.exists():
         raise LoadError("empty", f"there is nothing to read in {', '.join(paths)}")
     return collection.ask(question, free=free, history=history, also=also, on_text=on_text)
+
+
+def of_document(document: str) -> str:
+    """Give the filter that keeps one document alone."""
+    return "document = '" + document.replace("'", "''") + "'"
 
 
 def import_collection(archive: Path, name: str, settings: Settings | None = None) -> Collection:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from l2m_rag import answerability
-from l2m_rag.collection import Collection
+from l2m_rag.collection import Collection, of_document
 from l2m_rag.errors import MissingExtraError, UsageError
 from l2m_rag.findings import Reader, cut_question, findings, within
 from l2m_rag.memory_tiers.records import Passage
@@ -284,15 +284,11 @@ def answers(
 
 
 def _only(task: Task) -> str | None:
-    return f"document = {_quoted(task.document)}" if task.document else None
+    return of_document(task.document) if task.document else None
 
 
 def _without(task: Task) -> str:
-    return f"document <> {_quoted(task.document)}"
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
+    return f"NOT ({of_document(task.document)})"
 
 
 def _outcome(collection: Collection, task: Task, where: str | None, free: bool) -> _Outcome:
@@ -393,7 +389,7 @@ def calibrate(sets: Sequence[tuple[Collection, TaskSet]], *, told: Told | None =
     answered = sum(_in_reach(task, where) for *_, task, where in jobs)
     for number, (collection, reader, task, where) in enumerate(jobs, 1):
         settings = collection.settings
-        read, _ = within(collection.search(task.question, settings.passages, where=where), reader, settings.budget)
+        read, _ = within(collection.evidence(task.question, settings.passages, where), reader, settings.budget)
         asked = cut_question(task.question, reader, settings.budget)
         sizes = {"budget": settings.budget, "focus": settings.focus}
         for found in findings(asked, read, reader, **sizes, closeness=collection.closeness, skip=0.0, alone=1.0):

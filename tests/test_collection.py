@@ -321,6 +321,25 @@ def test_a_power_cut_that_emptied_the_newest_manifests_costs_one_commit(
     assert content(fresh) == whole
 
 
+def test_the_beginning_of_the_only_document_that_is_found_is_read_too(kb: Collection, tmp_path: Path) -> None:
+    tale = tmp_path / "tale.txt"
+    tale.write_text(
+        "An old tale.\n\n" + "\n\n".join(f"The wolf of hill {at} ate the hen number {at}." for at in range(9))
+    )
+    kb.ingest(tale)
+    only = library.of_document(kb.search("which wolf ate a hen?", 1)[0].chunk.document)
+    found = kb.search("which wolf ate a hen?", 5, where=only)
+    assert all(passage.chunk.ordinal for passage in found)
+    read = kb.evidence("which wolf ate a hen?", 5, only)
+    assert [passage.chunk.text for passage in read][2].startswith("An old tale.")
+    assert [one for one in read if one.chunk.ordinal] == found[:4]
+    assert kb.evidence("which wolf ate a hen?", 1, only) == found[:1]
+    assert kb.evidence("which wolf ate a hen?", 5, f"{only} AND start > 100") == kb.search(
+        "which wolf ate a hen?", 5, where=f"{only} AND start > 100"
+    )
+    assert kb.evidence("sheep wolf", 5) == kb.search("sheep wolf", 5)  # of several documents
+
+
 # -- what was made otherwise
 
 

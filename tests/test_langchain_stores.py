@@ -120,7 +120,7 @@ def test_a_collection_of_another_embedder_is_refused(made: Settings, store: L2MB
     notes = l2m_rag.open("notes", settings=made)
     notes.put([Text("a", "A text.")])
     for keyed in (L2MByteStore(notes), L2MByteStore("notes", settings=made)):
-        with pytest.raises(IncompatibleError, match="'keys'"):
+        with pytest.raises(IncompatibleError, match="it was opened with 'keys'"):
             keyed.mset([("a", b"x")])
         with pytest.raises(IncompatibleError):
             keyed.mget(["a"])
