@@ -216,7 +216,10 @@ def calibrate(
     ] = "multispanqa,timeqa-valid,selqa,notices-valid",
     data: DataOption = None,
     n: Annotated[
-        int, typer.Option("-n", min=1, metavar="N", help="Take N questions of each, by chance; of notices 3 N.")
+        int,
+        typer.Option(
+            "-n", min=1, metavar="N", help="Take N questions of each, by chance; of notices and contracts 3 N."
+        ),
     ] = 60,
     model: ModelOption = None,
     as_json: Json = False,
@@ -426,7 +429,7 @@ def _asked(
     if questions is None:
         if collection is not None:
             raise UsageError("--collection needs --questions FILE.jsonl: a set brings its own documents")
-        loaded = tasks.load_set(name, tasks.data_folder(data))
+        loaded = tasks.load_set(name, data)
     else:
         loaded = tasks.load_file(Path(existing(questions)))
     if loaded.documents:

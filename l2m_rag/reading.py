@@ -35,9 +35,9 @@ REBUILD = "\nThe text again:"
 _ROUND = 32  # lengths are rounded up: a new shape costs the CPU's matrix library as much as several known ones
 _LONGEST_QUESTION = 64  # tokens, each time it is put
 _PLAIN = 128  # tokens of a text that is read on without a passage; about as many as the passages of LAMBADA have
-LONGEST_ANSWER = 32
+LONGEST_ANSWER = 64
 """Tokens of an answer, at most."""
-_SHORTEST = 40  # tokens of a passage that is worth writing back; more than an answer has, so the two are told apart
+_SHORTEST = 72  # tokens of a passage that is worth writing back; more than an answer has, so the two are told apart
 
 
 class Readings(NamedTuple):

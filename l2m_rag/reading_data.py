@@ -22,6 +22,7 @@ import numpy.typing as npt
 from l2m_rag.bridges import Bridge, bridges, hotpot, titled
 from l2m_rag.clozes import Triple, lists, texts_of, untitled
 from l2m_rag.clozes import clozes as make_clozes
+from l2m_rag.contracts import contracts
 from l2m_rag.errors import CorruptError, UsageError
 from l2m_rag.indexers.chunking import Tokenizer, split
 from l2m_rag.memory_tiers.records import Parsed
@@ -34,9 +35,13 @@ EVALUATION = (
 )  # fmt: skip
 """Files of the data folder that nothing may be learnt from."""
 
+KEPT_OUT = ("timeqa/docs", "cuad/contracts")
+"""Files of documents of which one part may not be learnt from, either."""
+
 SOURCES = (
     "squad", "qed", "qamr", "tweetqa", "fairytaleqa", "ropes", "narrativeqa", "timeqa", "covidqa", "cloze", "lists",
     "books", "meetings", "papers", "stories", "dialogue", "bridges", "told", "yes-no", "notices",
+    "contracts",
 )  # fmt: skip
 _FILES = {
     "squad": "squad/squad11_train_subset",
@@ -54,7 +59,7 @@ _FREE = {
 """Sources whose answers do not stand in the passage; they are asked for in the reader's own words."""
 _YES_NO = ("yes", "no")
 _DOCUMENTS = {"timeqa": ("timeqa/docs", "timeqa/qa_train"), "covidqa": ("covidqa/docs", "covidqa/qa")}
-_ALIKE = ("notices",)
+_ALIKE = ("notices", "contracts")
 """Sources whose passages are so alike that what is asked of one is answered, otherwise, by another."""
 ASKED = "asked"
 """The source of questions that were written by a model (`l2m_rag.asking`)."""
@@ -174,6 +179,10 @@ class Seen:
                 texts |= dict.fromkeys(_texts(row))
                 if isinstance(row.get("question"), str):
                     questions[row["question"]] = None
+        for path in (data / f"{name}.jsonl.zst" for name in KEPT_OUT):
+            for row in rows(path) if path.exists() else ():
+                if part_of(str(row["doc_id"])) == "evaluation":
+                    texts |= dict.fromkeys(_texts(row))
         return cls(texts, questions)
 
 
@@ -278,6 +287,9 @@ def _triples(source: str, data: Path, tokenizer: Tokenizer, most: int, seed: int
         return _chunked(source, data, tokenizer)
     if source == "notices":
         return notices(random.Random(seed), most)
+    if source == "contracts":
+        learnt = [row for row in rows(data / "cuad/qa.jsonl.zst") if part_of(row["doc_id"]) == "train"]
+        return contracts(rows(data / "cuad/contracts.jsonl.zst"), learnt, tokenizer)
     if source == "stories":
         return _stories(_drawn(data / "babi/train.jsonl.zst", most, seed))
     if source == "dialogue":

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from l2m_rag.contracts import plain
 from l2m_rag.errors import MissingExtraError, UsageError
 from l2m_rag.notices import notices
 
@@ -63,7 +64,8 @@ class TaskSet:
 class _Files:
     """Where a set lies below the data folder, which part of it is meant, and whether it may be trained on.
 
-    A set without a file of questions is made of so many notices (`l2m_rag.notices`).
+    A set without a file of questions is made of so many notices (`l2m_rag.notices`). Those that are plain ask what is
+    marked in contracts in other words (`l2m_rag.contracts`). What is asked of each document is asked of it alone.
     """
 
     questions: tuple[str, ...] = ()
@@ -72,11 +74,14 @@ class _Files:
     part: str = ""
     train: bool = False
     notices: int = 0
+    plain: bool = False
+    alone: bool = False
 
 
 WIKI = ("wiki_passages/2wiki_corpus.jsonl.zst", "wiki_passages/hotpot_corpus.jsonl.zst")
 """Files of encyclopedia passages, below the data folder."""
 _SQUAD2 = "squad_subset/squad2_small.jsonl.zst"
+_CUAD, _CONTRACTS = ("cuad/qa.jsonl.zst",), ("cuad/contracts.jsonl.zst",)
 
 SETS = {
     # squad2's paragraphs stand among the passages of xquad: 7,430 in all
@@ -92,10 +97,12 @@ SETS = {
     "multispanqa": _Files(("multispanqa/dev.jsonl.zst",), train=True),  # to fit on: the reader learns nothing from it
     "selqa": _Files(("selqa/dev_test.jsonl.zst",), distractors=WIKI, train=True),  # as that
     "boolq": _Files(("boolq/dev.jsonl.zst",), part="evaluation"),
-    "notices": _Files(notices=120, part="evaluation"),
-    "notices-valid": _Files(notices=40, part="validation", train=True),
+    "notices": _Files(notices=120, part="evaluation", alone=True),
+    "notices-valid": _Files(notices=40, part="validation", train=True, alone=True),
     # long documents, one at a time
-    "cuad": _Files(("cuad/qa.jsonl.zst",), documents=("cuad/contracts.jsonl.zst",), part="evaluation"),
+    "cuad": _Files(_CUAD, documents=_CONTRACTS, part="evaluation", alone=True),
+    "contracts": _Files(_CUAD, documents=_CONTRACTS, part="evaluation", plain=True, alone=True),
+    "contracts-valid": _Files(_CUAD, documents=_CONTRACTS, part="validation", train=True, plain=True, alone=True),
     "timeqa": _Files(("timeqa/qa_train.jsonl.zst",), documents=("timeqa/docs.jsonl.zst",), part="evaluation"),
     "timeqa-valid": _Files(
         ("timeqa/qa_train.jsonl.zst",), documents=("timeqa/docs.jsonl.zst",), part="validation", train=True
@@ -134,11 +141,15 @@ def data_folder(given: Path | None = None) -> Path:
     raise UsageError(f"there are no data sets in {places[-1]}; give their folder with --data DIR or {DATA}")
 
 
-def load_set(name: str, data: Path) -> TaskSet:
+def load_set(name: str, data: Path | None = None) -> TaskSet:
     """Read one of `SETS`.
 
+    Args:
+        name: of the set.
+        data: folder of the data sets (`data_folder`), which a set that is made here does without.
+
     Raises:
-        UsageError: there is no such set, or a file of it is missing.
+        UsageError: there is no such set, no such folder, or a file of it is missing.
     """
     if name not in SETS:
         raise UsageError(f"no question set named {name!r}; known: {', '.join(SETS)}")
@@ -146,7 +157,7 @@ def load_set(name: str, data: Path) -> TaskSet:
     documents: dict[str, str] = {}
     names: dict[str, str] = {}  # id by text, so that a passage that stands in two files is one document
     for file in files.documents:
-        for row in rows(data / file):
+        for row in rows(data_folder(data) / file):
             text = row.get("text") or row.get("context") or "\n\n".join(row["sections"])
             documents[f"{row['doc_id']}.txt"] = str(text)
     tasks = []
@@ -154,18 +165,24 @@ def load_set(name: str, data: Path) -> TaskSet:
         told = (answer,) if answer else ()
         tasks.append(Task(str(number), question, told, _document(paper, names, documents), bool(answer)))
     for file in files.questions:
-        for row in rows(data / file):
+        for row in rows(data_folder(data) / file):
             if files.part and part_of(str(row.get("doc_id") or row["context"])) != files.part:
                 continue
             document = f"{row['doc_id']}.txt" if files.documents else _document(row["context"], names, documents)
-            tasks.append(_task(row, document))
+            if files.plain:
+                tasks += [
+                    Task(f"{row['id']} {number}", question, (answer,) if answer else (), document, bool(answer))
+                    for number, (question, answer) in enumerate(plain(row))
+                ]
+            else:
+                tasks.append(_task(row, document))
     if files.documents:  # of those only what is asked about
         asked = {task.document for task in tasks}
         documents = {name: text for name, text in documents.items() if name in asked}
     for file in files.distractors:
-        for row in rows(data / file):
+        for row in rows(data_folder(data) / file):
             _document(row.get("context") or row["text"], names, documents)
-    return TaskSet(name, documents, tasks, alone=files.notices > 0)
+    return TaskSet(name, documents, tasks, alone=files.alone)
 
 
 def load_file(path: Path) -> TaskSet:

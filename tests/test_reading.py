@@ -163,7 +163,7 @@ def _said(backbone: Backbone, tokens: torch.Tensor) -> torch.Tensor:
 
 def test_a_passage_is_written_back_from_its_own_pooled_states() -> None:
     material = _material()
-    texts = ["".join(random.Random(number).choices("abcdefgh ", k=41 + number)) for number in range(20)]
+    texts = ["".join(random.Random(number).choices("abcdefgh ", k=73 + number)) for number in range(20)]
     batches = ReadingBatches(material, Letters(), batch=2, longest=400, rebuild=1.0, texts=texts)
     batch = batches(3)
     ids = {tuple(row): text for text, row in zip(texts, Letters()(texts)["input_ids"], strict=True)}

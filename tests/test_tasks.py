@@ -58,6 +58,16 @@ def test_a_set_that_is_not_known_or_not_there_is_an_error(tmp_path: Path) -> Non
         tasks.data_folder(tmp_path / "nowhere")
 
 
+def test_what_is_made_here_needs_no_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(tasks.DATA, raising=False)
+    found = tasks.load_set("notices")
+    assert {task.document for task in found.tasks} == set(found.documents)
+    assert {task.answerable for task in found.tasks} == {True, False}
+    with pytest.raises(UsageError, match="--data"):
+        tasks.load_set("xquad")
+
+
 @pytest.mark.skipif(not DATA.is_dir(), reason="the data sets are not beside this checkout")
 @pytest.mark.parametrize("name", tasks.SETS)
 def test_every_set_that_is_there_names_documents_that_hold_its_answers(name: str) -> None:
