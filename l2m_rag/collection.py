@@ -355,10 +355,13 @@ class Collection:
         """
         found = self.search(text, k, where=where)
         documents = {passage.chunk.document for passage in found}
-        if len(documents) != 1 or any(passage.chunk.ordinal == 0 for passage in found[: _BEGINNING + 1]):
+        there = any(passage.chunk.ordinal == 0 for passage in found[: _BEGINNING + 1])
+        if len(documents) != 1 or there or k <= _BEGINNING:
             return found
-        there = f"{of_document(documents.pop())} AND ordinal = 0" + (f" AND ({where})" if where else "")
-        first = self.search(text, 1, where=there)
+        first = [passage for passage in found if not passage.chunk.ordinal]
+        if not first:
+            start = f"{of_document(documents.pop())} AND ordinal = 0"
+            first = self.search(text, 1, where=f"{start} AND ({where})" if where else start)
         rest = [passage for passage in found if passage.chunk.ordinal]
         return [*rest[:_BEGINNING], *first, *rest[_BEGINNING:]][:k]
 

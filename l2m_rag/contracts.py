@@ -42,6 +42,8 @@ def contracts(
     for row in clauses:
         marked[row["doc_id"]].append(row)
     for contract in held:
+        if contract["doc_id"] not in marked:  # it is cut for nothing
+            continue
         whole = Parsed(contract["context"], "text/plain")
         for chunk in split(whole, contract["doc_id"], tokenizer, overlap=0):
             yield from _asked_of(chunk.text, marked[contract["doc_id"]], chunk.start)
@@ -125,8 +127,10 @@ def _said(row: dict[str, Any], clause: str) -> str:
 
 def _spelt(words: list[str]) -> str:
     """Give a pattern of words with little between them, and with a number's name before it."""
-    name = r"(?:[\w-]+ ?\()?" if words[:1] and words[0].isdigit() else ""
-    return rf"\b{name}" + r"\W{1,3}".join(map(re.escape, words)) + r"\b" if words else r"(?!)"
+    if not words:
+        return r"(?!)"
+    name = r"(?:[\w-]+ ?\()?" if words[0].isdigit() else ""
+    return rf"\b{name}" + r"\W{1,3}".join(map(re.escape, words)) + r"\b"
 
 
 def _share(text: str, words: frozenset[str]) -> float:
@@ -135,7 +139,6 @@ def _share(text: str, words: frozenset[str]) -> float:
     return len(own & words) / max(1, len(own))
 
 
-@cache
 def _words(text: str) -> frozenset[str]:
     return frozenset(word for word in re.findall(r"[a-z]{4,}", text.lower()))
 

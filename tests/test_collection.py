@@ -334,6 +334,12 @@ def test_the_beginning_of_the_only_document_that_is_found_is_read_too(kb: Collec
     assert [passage.chunk.text for passage in read][2].startswith("An old tale.")
     assert [one for one in read if one.chunk.ordinal] == found[:4]
     assert kb.evidence("which wolf ate a hen?", 1, only) == found[:1]
+    whole = kb.search(
+        "which wolf ate a hen?", 20, where=only
+    )  # and where it was found, but later, it is not found anew
+    again = kb.evidence("which wolf ate a hen?", 20, only)
+    assert again[2].chunk.ordinal == 0
+    assert sorted(again, key=whole.index) == whole
     assert kb.evidence("which wolf ate a hen?", 5, f"{only} AND start > 100") == kb.search(
         "which wolf ate a hen?", 5, where=f"{only} AND start > 100"
     )
