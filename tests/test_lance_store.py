@@ -144,7 +144,7 @@ def test_any_text_comes_back_as_it_was_written(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str, dict[str, Scalar]]]
 ) -> None:
     store = LanceStore(tmp_path_factory.mktemp("any") / "tables", DIMENSION, create=True)
-    chunks = [replace(chunk(i, body, name, **facts), text=body) for i, (name, body, facts) in enumerate(rows)]
+    chunks = [replace(chunk(i, document=name), text=body, metadata=facts) for i, (name, body, facts) in enumerate(rows)]
     store.add_chunks(chunks, vectors(len(chunks)))
     assert chunks_in(store) == {found.id: found for found in chunks}
     assert store.damaged() == []
