@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -31,6 +31,7 @@ from l2m_rag.cli.sessions import Session
 from l2m_rag.errors import UsageError
 
 if TYPE_CHECKING:
+    from l2m_rag.collection import Collection
     from l2m_rag.config import Settings
     from l2m_rag.qa import Answer
 
@@ -157,14 +158,14 @@ def ask(
     files = [Path(existing(path)) for path in file or ()]
     ready(ctx, settings, as_json=as_json, decoder=True, new=bool(files))
     talk = Session(session, settings)
-    answer_from = _asked(settings, files)
+    searched = _asked(settings, files)
     abstained = False
     for one in asked:
         if questions and not as_json:
             output.say(f"> {output.one_line(one.text)}")
         stream = output.AnswerStream(show=not as_json)
         known = tuple(talk.history) if session is not None else ()
-        answer = answer_from(one.text, free=free, history=known, also=talk.told, on_text=stream.write)
+        answer = searched.ask(one.text, free=free, history=known, also=talk.told, on_text=stream.write)
         abstained |= answer.abstained
         talk.add(one.text, answer)
         if as_json:
@@ -172,9 +173,9 @@ def ask(
             continue
         stream.end(answer)
         output.say_citations(answer)
-        if answer.abstained and not answer.citations and not files:
+        if answer.abstained:
             output.say("The nearest passages:")
-            output.say_passages(opened(settings).search(one.text, 3))
+            output.say_passages(searched.search(one.text, 3))
         if trace:
             output.say_trace(answer)
     if abstained and fail_on_abstain:
@@ -232,16 +233,13 @@ def chat(
                 output.say_passages(told[:2])
 
 
-def _asked(settings: Settings, files: list[Path]) -> Callable[..., Answer]:
-    """Give the function that answers: from one collection, opened once, or from files."""
+def _asked(settings: Settings, files: list[Path]) -> Collection:
+    """Give what is asked: the collection, or one of the files."""
     if not files:
-        return opened(settings).ask
-    from l2m_rag.collection import ask_files
+        return opened(settings)
+    from l2m_rag.collection import open_files
 
-    def ask_of_files(question: str, **options: Any) -> Answer:
-        return ask_files(files, question, settings, **options)
-
-    return ask_of_files
+    return open_files(files, settings)
 
 
 def _questions(text: str | None, file: str | None, option: str, what: str) -> list[Question]:

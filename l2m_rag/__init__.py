@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from l2m_rag.collection import Collection, ask_files, list_collections, open
+    from l2m_rag.collection import Collection, list_collections, open, open_files
     from l2m_rag.config import Settings, load_settings
     from l2m_rag.errors import L2MError
     from l2m_rag.indexers.pipeline import IngestReport
@@ -35,10 +35,10 @@ _HOMES = {
     "L2MError": "errors",
     "Passage": "memory_tiers.records",
     "Settings": "config",
-    "ask_files": "collection",
     "list_collections": "collection",
     "load_settings": "config",
     "open": "collection",
+    "open_files": "collection",
 }
 
 __all__ = [
@@ -52,10 +52,10 @@ __all__ = [
     "L2MError",
     "Passage",
     "Settings",
-    "ask_files",
     "list_collections",
     "load_settings",
     "open",
+    "open_files",
 ]
 
 try:

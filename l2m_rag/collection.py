@@ -671,22 +671,14 @@ def list_collections(settings: Settings | None = None) -> list[CollectionInfo]:
     return found
 
 
-def ask_files(
-    files: Sequence[Path],
-    question: str,
-    settings: Settings,
-    *,
-    free: bool = False,
-    history: Sequence[tuple[str, str]] = (),
-    also: Callable[[str], list[Passage]] | None = None,
-    on_text: Callable[[str], object] | None = None,
-) -> qa.Answer:
-    """Answer a question from some files; they are read on the first question and kept in the home for the next ones.
+def open_files(files: Sequence[Path], settings: Settings) -> Collection:
+    """Give a collection of some files, to be asked without naming it.
+
+    They are read where that was not done yet or they have changed, and kept in the home for the next questions.
 
     Raises:
         LoadError: none of the files could be read.
     """
-    qa.check_question(question)
     paths = sorted({os.path.abspath(path) for path in files})
     name = hashlib.sha256("\0".join(paths).encode("utf-8", "surrogateescape")).hexdigest()[:24]
     collection = Collection(name, settings.data / "files" / name, settings)
@@ -696,7 +688,7 @@ def ask_files(
         raise LoadError(first.reason, f"{first.path}: {first.detail}" if first.detail else first.path)
     if not collection.exists():
         raise LoadError("empty", f"there is nothing to read in {', '.join(paths)}")
-    return collection.ask(question, free=free, history=history, also=also, on_text=on_text)
+    return collection
 
 
 def of_document(document: str) -> str:

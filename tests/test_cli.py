@@ -111,9 +111,9 @@ class Library:
         self.note("import", archive)
         return Collection(self, name)
 
-    def ask_files(self, files: list[Path], question: str, settings: Settings, **options: Any) -> Answer:
-        self.note("ask_files", files)
-        return self.answer(question, **options)
+    def open_files(self, files: list[Path], settings: Settings) -> "Collection":
+        self.note("open_files", files)
+        return Collection(self, "of the files")
 
     def answer(self, question: str, *, on_text: Callable[[str], object] = len, **options: Any) -> Answer:
         self.note("ask", {"question": question, **options})
@@ -196,7 +196,7 @@ class Collection:
 def library(monkeypatch: pytest.MonkeyPatch) -> Library:
     fake = Library()
     module = ModuleType("l2m_rag.collection")
-    for name in ("open", "list_collections", "import_collection", "ask_files"):
+    for name in ("open", "list_collections", "import_collection", "open_files"):
         setattr(module, name, getattr(fake, name))
     monkeypatch.setitem(sys.modules, "l2m_rag.collection", module)
     monkeypatch.setattr(l2m_rag, "collection", module, raising=False)
@@ -416,6 +416,8 @@ def test_an_abstention_is_said_in_words_with_the_nearest_passages(library: Libra
     lines = result.stdout.splitlines()
     assert lines[0] == "The documents do not answer this (probability that they do: 12 %)."
     assert lines[1:3] == ["The nearest passages:", "1. a␛[31m.txt, page 2 - Te rm"]
+    Path("a.txt").write_text("x")
+    assert run("ask", "Who?", "--file", "a.txt").stdout.splitlines() == lines
 
 
 def test_fail_on_abstain_is_exit_code_4(library: Library) -> None:
@@ -434,12 +436,11 @@ def test_ask_hands_model_endpoint_and_freedom_on(library: Library) -> None:
 
 
 def test_files_are_asked_without_a_collection(library: Library, pulled: list[str]) -> None:
-    library.exists = False
     Path("a.txt").write_text("x")
     Path("b.txt").write_text("x")
     result = run("ask", "Who?", "--file", "a.txt", "--file", "b.txt", "--llm-url", "http://127.0.0.1:1")
     assert result.exit_code == 0
-    assert library.noted("ask_files") == [Path("a.txt"), Path("b.txt")]
+    assert library.noted("open_files") == [Path("a.txt"), Path("b.txt")]
     assert pulled == ["all-minilm-l6-v2"]  # the endpoint writes the answer, so no decoder
 
 
