@@ -352,8 +352,9 @@ def calibrate(sets: Sequence[tuple[Collection, TaskSet]], *, told: Told | None =
     Each question is asked with its document in reach, with it kept from the search, and of the document alone changed
     so that it does not answer it (`l2m_rag.unanswerable`), up to twice; the label is whether a passage that was read
     holds a gold answer and comes from the document. Those of a set that are about their document alone are asked of it,
-    answered or not, and not of the others. Questions without an answer weigh as much, all together, as those
-    with one, however many were made of each; else a probability of one half would say too seldom that there is one.
+    answered or not, and not of the others. A question's readings weigh as much together as another's, be they few or
+    many. Questions without an answer weigh as much, all together, as those with one, however many were made of each;
+    else a probability of one half would say too seldom that there is one.
 
     Args:
         sets: questions, each with the collection that is asked.
@@ -392,12 +393,15 @@ def calibrate(sets: Sequence[tuple[Collection, TaskSet]], *, told: Told | None =
         read, _ = within(collection.evidence(task.question, settings.passages, where), reader, settings.budget)
         asked = cut_question(task.question, reader, settings.budget)
         sizes = {"budget": settings.budget, "focus": settings.focus}
-        for found in findings(asked, read, reader, **sizes, closeness=collection.closeness, skip=0.0, alone=1.0):
+        share = 1.0 if _in_reach(task, where) else answered / (len(jobs) - answered)
+        steps = list(findings(asked, read, reader, **sizes, closeness=collection.closeness, skip=0.0, alone=1.0))
+        singly = sum(not found.features.get("together") for found in steps)
+        for found in steps:
             points.append(found.features)
             labels.append(int(any(_holds(task, passage) for passage in found.passages)))
-            shares.append(1.0 if _in_reach(task, where) else answered / (len(jobs) - answered))
+            shares.append(share / len(steps))
             if not found.features.get("together"):
-                priors.append((found.prior, labels[-1], shares[-1]))
+                priors.append((found.prior, labels[-1], share / singly))
         if told:
             told(number, len(jobs))
     weights = _fitted(points, labels, shares)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -279,3 +279,19 @@ def test_questions_about_their_document_alone_are_asked_of_no_other(monkeypatch:
     found = evaluate.calibrate([(kept, TaskSet("papers", {}, papers, alone=True))])
     assert kept.asked == [(question, "document = 'd'") for question in ("Who wrote first", "When?", "Who wrote last")]
     assert found["fitted"] == "3 readings for 3 searches; 1 held the answer"
+
+
+def test_a_question_of_many_passages_weighs_as_much_as_one_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "load_language_model", lambda settings: Sure())
+    monkeypatch.setattr(evaluate, "twisted", lambda *given: "")
+    right, wrong = passage("d", "Ada wrote it."), passage("e", "Nobody knows.")
+    told = TaskSet("told", {}, [Task("1", "Who wrote first", ("Ada",), "d")])
+
+    def fitted(times: int) -> dict[str, object]:
+        hits: Any = {None: [right, wrong] * times, "NOT (document = 'd')": [wrong]}
+        return evaluate.calibrate([(cast("Any", Kept(hits)), told)])
+
+    few, many = fitted(1), fitted(5)
+    assert few["fitted"] != many["fitted"]
+    assert many["weights"] == pytest.approx(few["weights"], abs=1e-3)
+    assert many["prior"] == pytest.approx(few["prior"], abs=1e-3)
