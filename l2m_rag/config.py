@@ -173,7 +173,7 @@ class Settings:
     focus: int = 3
     """Sentences of that evidence that a model which was not trained to read quotes from; the trained one reads all."""
 
-    enough: float = 0.8
+    enough: float = 0.7
     """Probability of holding the answer from which on the trained reader reads no more passages; 1 reads all."""
 
     resolution: int = 1

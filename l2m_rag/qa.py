@@ -106,7 +106,7 @@ def answer(
     passages: int = 8,
     budget: int = 768,
     focus: int = 3,
-    enough: float = 0.8,
+    enough: float = 0.7,
     closeness: Closeness | None = None,
     abstain_below: float = 0.5,
     free: bool = False,
